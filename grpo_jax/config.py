@@ -1,0 +1,455 @@
+"""Every option of grpo_jax: typed, documented where it is declared, checked before anything is compiled.
+
+Experiments are Python files with a `get_config()` that returns an `ml_collections.ConfigDict`
+(start from `default_config()`); `--config.optim.lr=1e-6` overrides a field. Inside the package only
+the frozen dataclasses below travel, and each function takes the section that it uses.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from grpo_jax.errors import InputError
+
+
+def option(default: Any, doc: str, choices: tuple = ()) -> Any:
+    """A config field: its default, what it does, and the values it allows."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and in which number formats."""
+
+    path: str = option("", "folder (Hugging Face), .gguf file, or 'smollm2-135m'; empty: made in the run by `base`")
+    param_dtype: str = option(
+        "float32", "dtype of the trained parameters at rest; bfloat16 loses updates at lr 1e-6", ("float32", "bfloat16")
+    )
+    compute_dtype: str = option("float32", "dtype of activations and products; logits stay float32", ("float32", "bfloat16"))
+    matmul_precision: str = option(
+        "highest", "jax_default_matmul_precision of every program", ("default", "high", "highest")
+    )
+    remat: str = option("none", "what the backward recomputes: none, or all of each layer", ("none", "full"))
+    logits_chunk: int = option(0, "positions whose logits exist at once in training; 0: all that a micro-batch has")
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on prompts and completions; the loss counts assistant tokens only."""
+
+    path: str = option("", "JSONL file of chats ({'messages': [...]}) or {'prompt', 'completion'} rows")
+    steps: int = option(100, "optimizer steps")
+    batch_size: int = option(16, "rows a step")
+    max_length: int = option(256, "tokens a row may have; longer rows are an error")
+    lr: float = option(1e-5, "peak learning rate (cosine to a tenth, after a warm-up of a twentieth)")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The base model that a run makes itself when `model.path` is empty."""
+
+    layers: int = option(4, "decoder layers")
+    width: int = option(128, "width of the residual stream")
+    heads: int = option(4, "query heads")
+    kv_heads: int = option(2, "key and value heads")
+    mlp_width: int = option(512, "width of the gated MLP")
+    rope_theta: float = option(10_000.0, "base of the rotary angles")
+    window: int = option(0, "tokens that attention looks back in every second layer; 0: all")
+    tied: bool = option(True, "the embedding is the output matrix too")
+    vocabulary: int = option(96, "upper bound on the pieces of the SentencePiece tokenizer trained in the run")
+    worked_sums: int = option(6000, "rows of mixed quality that tokenizer and base model learn from")
+    right_share: float = option(0.42, "share of worked sums that think, are right and well formed")
+    sft: SftConfig = option(
+        SftConfig(steps=700, batch_size=64, max_length=64, lr=3e-3), "how the base learns (its `path` stays empty)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """From messages to tokens and back."""
+
+    template: str = option(
+        "plain", "'plain' (the prompt alone), 'r1_zero', 'chat' (the model's own), or a .jinja file of messages"
+    )
+    system_prompt: str = option("", "system message put before each prompt; empty: none")
+    end_tokens: tuple[str, ...] = option((), "tokens that end a completion; empty: the model's own")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The prompts."""
+
+    source: str = option("arithmetic", "where prompts come from", ("arithmetic", "jsonl", "tfds", "hf", "memory"))
+    path: str = option("", "file (jsonl), builder name such as gsm8k (tfds), dataset folder (hf)")
+    split: str = option("train", "split that is trained on (tfds, hf)")
+    eval_path: str = option("", "file or folder of held-out rows; empty: `path` (tfds, hf) or the last rows (jsonl)")
+    eval_split: str = option("test", "split of the held-out rows (tfds, hf)")
+    prompt_column: str = option("question", "column with the prompt: text, or a list of messages")
+    answer_column: str = option("answer", "column with the right answer")
+    answer_marker: str = option("", "the answer is what follows this mark in its column ('####' for GSM8K); empty: all")
+    max_prompt_length: int = option(16, "tokens a prompt may have, template included; longer ones are an error")
+    prompts_per_step: int = option(16, "prompts a step; times sampler.group_size gives completions")
+    shuffle: bool = option(True, "a new order every epoch, a function of the seed alone")
+    digits: int = option(2, "arithmetic: the most digits of an operand")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How completions are drawn."""
+
+    group_size: int = option(8, "completions a prompt (G)")
+    max_new_tokens: int = option(32, "tokens a completion may have (T)")
+    temperature: float = option(1.0, "logits are divided by it, in sampling and in training")
+    top_k: int = option(0, "sample among the k likeliest tokens; 0: all")
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this mass")
+    cache_dtype: str = option("float32", "dtype of cached keys and values", ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """What a completion earns: the weighted sum of its components."""
+
+    names: tuple[str, ...] = option(("answer", "format"), "components: names from REWARDS, or 'module:function'")
+    weights: tuple[float, ...] = option((1.0, 0.2), "one weight a component")
+    timeout: float = option(60.0, "seconds that one call of a host reward may take")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Advantages, clipped loss, KL; defaults and names as TRL has them unless said."""
+
+    loss_type: str = option("dapo", "how token losses are aggregated", ("grpo", "bnpo", "dapo", "dr_grpo"))
+    epsilon: float = option(0.2, "the ratio is clipped below at 1 - epsilon")
+    epsilon_high: float = option(0.2, "the ratio is clipped above at 1 + epsilon_high")
+    beta: float = option(0.0, "weight of the k3 KL to the reference; 0: no reference is kept")
+    scale_rewards: str = option("group", "standard deviation that divides advantages", ("group", "batch", "none"))
+    advantage_epsilon: float = option(1e-4, "added to that standard deviation (ddof 1)")
+    num_iterations: int = option(1, "epochs over a rollout")
+    minibatches: int = option(1, "optimizer updates an epoch")
+    micro_batch_size: int = option(0, "completions in one gradient pass; 0: the whole minibatch")
+    reference_every: int = option(0, "steps after which the reference becomes the policy; 0: never")
+    mask_truncated: bool = option(False, "completions that did not end are left out of the loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optax chain: clip, optimizer, decay, schedule."""
+
+    name: str = option("adamw", "optimizer", ("adamw", "adafactor"))
+    lr: float = option(1e-6, "peak learning rate")
+    schedule: str = option("constant", "shape after the warm-up, over train.steps", ("constant", "linear", "cosine"))
+    warmup_steps: int = option(0, "optimizer updates of linear warm-up from 0")
+    final_lr_fraction: float = option(0.0, "linear, cosine: the last learning rate over the peak")
+    clip_norm: float = option(1.0, "global gradient norm is clipped to it; 0: off")
+    weight_decay: float = option(0.0, "decoupled decay")
+    decay_mask: str = option("matrices", "what decays: matrices (no norms, no biases) or all", ("matrices", "all"))
+    b1: float = option(0.9, "Adam's first decay")
+    b2: float = option(0.999, "Adam's second decay")
+    eps: float = option(1e-8, "Adam's epsilon")
+    moment_dtype: str = option("float32", "dtype of Adam's first moment", ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How the step is run."""
+
+    mode: str = option("fused", "fused: one program; staged: sample, score, update apart", ("fused", "staged"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; at most one may be -1 (all that are left)."""
+
+    data: int = option(-1, "rows are split over it, parameters are copied")
+    fsdp: int = option(1, "rows are split over it, and parameters too")
+    tensor: int = option(1, "heads and MLP columns are split over it")
+    sampling: str = option(
+        "same", "layout of the sampling parameters: as trained, tensor axis only, copied", ("same", "tensor", "replicated")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStartConfig:
+    """Supervised steps before GRPO on the model's own right samples, rewritten into the answer format."""
+
+    enabled: bool = option(False, "make a cold start before GRPO")
+    prompts: int = option(64, "training prompts that are sampled for it")
+    rows: int = option(48, "right samples that are kept, at most")
+    system_prompt: str = option("", "system message while sampling; empty: text.system_prompt")
+    sft: SftConfig = option(SftConfig(steps=20, batch_size=8, max_length=96, lr=2e-5), "how the model learns them")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run."""
+
+    steps: int = option(100, "GRPO steps (rollouts)")
+    time_budget: str = option("", "stop cleanly after this long ('55m', '2h', '300s'); empty: never")
+    halt_when_nonfinite: int = option(10, "stop after so many skipped updates in a row; 0: never")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation, before, during and after."""
+
+    every: int = option(20, "steps between evaluations; 0: only before and after")
+    problems: int = option(64, "held-out problems")
+    samples: int = option(4, "completions a problem (k), at `temperature`")
+    final_problems: int = option(256, "problems of the before and after tables")
+    majority: int = option(16, "completions a problem for the base's majority vote; 0: none")
+    temperature: float = option(1.0, "of the sampled completions; greedy ones are scored beside them")
+    top_p: float = option(1.0, "of the sampled completions")
+    alarm_drop: float = option(0.1, "warn when pass@1 falls this far below its best")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Orbax checkpoints: asynchronous, atomic, complete."""
+
+    every: int = option(50, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "newest checkpoints kept (the best one is kept beside them)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run writes besides metrics.jsonl."""
+
+    tensorboard: bool = option(True, "TensorBoard event files")
+    wandb: str = option("off", "Weights & Biases", ("off", "offline", "online"))
+    wandb_project: str = option("grpo_jax", "its project")
+    samples_every: int = option(10, "steps between completions written to samples.jsonl; 0: never")
+    samples: int = option(8, "completions written each time")
+    compilation_cache: str = option("auto", "folder of compiled programs; auto: the user's cache folder; empty: off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    seed: int = option(0, "everything random is a function of it")
+    model: ModelConfig = option(ModelConfig(), "")
+    base: BaseConfig = option(BaseConfig(), "")
+    text: TextConfig = option(TextConfig(), "")
+    data: DataConfig = option(DataConfig(), "")
+    sampler: SamplerConfig = option(SamplerConfig(), "")
+    rewards: RewardsConfig = option(RewardsConfig(), "")
+    objective: ObjectiveConfig = option(ObjectiveConfig(), "")
+    optim: OptimConfig = option(OptimConfig(), "")
+    step: StepConfig = option(StepConfig(), "")
+    mesh: MeshConfig = option(MeshConfig(), "")
+    cold_start: ColdStartConfig = option(ColdStartConfig(), "")
+    sft: SftConfig = option(SftConfig(), "of `grpo-jax sft`")
+    train: TrainConfig = option(TrainConfig(), "")
+    eval: EvalConfig = option(EvalConfig(), "")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "")
+    log: LogConfig = option(LogConfig(), "")
+
+    @property
+    def completions(self) -> int:
+        """B, the completions of one step."""
+        return self.data.prompts_per_step * self.sampler.group_size
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields at their defaults, as the ConfigDict that an experiment file edits."""
+    return to_config_dict(Config())
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A config dataclass as a ConfigDict of the same shape."""
+    return ml_collections.ConfigDict(
+        {f.name: to_config_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
+         for f in dataclasses.fields(config)}
+    )
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, keys in the order of declaration."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_dict(values: Any, source: str = "config") -> Config:
+    """Checked frozen config from nested mappings; raises InputError naming source, field, value and fix."""
+    config = _build(Config, values, source, "")
+    validate(config, source)
+    return config
+
+
+def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = dict(values.items())
+    for name in values:
+        if name not in fields:
+            raise unknown_field(source, prefix + name)
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = _build(typing.cast(type, hints[name]), value, source, f"{prefix}{name}.")
+        else:
+            made[name] = _coerce(hints[name], value, f"{source}: {prefix}{name}={value!r}")
+            choices = fields[name].metadata["choices"]
+            if choices and made[name] not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"{source}: {prefix}{name}={value!r} is not one of {', '.join(choices)}{hint}")
+    return cls(**made)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise InputError(f"{where} must be a list")
+        return tuple(_coerce(typing.get_args(hint)[0], v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise InputError(f"{where} must be {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, sections left out."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(hint)
+        names += field_names(typing.cast(type, hint), f"{prefix}{name}.") if nested else [prefix + name]
+    return names
+
+
+def unknown_field(source: str, name: str) -> InputError:
+    """The error for a field that does not exist, naming the nearest that does."""
+    names = field_names()
+    sections = {n.rsplit(".", k)[0] for n in names for k in (1, 2) if n.count(".") >= k}
+    near = difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.5)
+    if not near:
+        leaf = name.rsplit(".", 1)[-1]
+        near = [n for n in names if n.rsplit(".", 1)[-1] == leaf]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InputError(f"{source}: unknown field {name}{hint}")
+
+
+def parse_duration(text: str, where: str = "train.time_budget") -> float:
+    """Seconds from '300', '300s', '55m' or '2h'."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"{where}={text!r} is not a time such as 300s, 55m or 2h")
+    return seconds
+
+
+def validate(config: Config, source: str = "config") -> None:
+    """Checks that need no file and no device; raises InputError."""
+    c = config
+
+    def require(ok: bool, field: str, fix: str) -> None:
+        if not ok:
+            value: Any = c
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise InputError(f"{source}: {field}={value!r} {fix}")
+
+    positive = (
+        "data.max_prompt_length data.prompts_per_step sampler.max_new_tokens base.layers base.width base.heads "
+        "base.kv_heads base.mlp_width objective.num_iterations objective.minibatches train.steps eval.problems "
+        "eval.samples eval.final_problems checkpoint.keep data.digits base.sft.steps base.sft.batch_size "
+        "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout"
+    ).split()
+    for name in positive:
+        section: Any = c
+        for part in name.split("."):
+            section = getattr(section, part)
+        require(section > 0, name, "must be positive")
+    not_negative = (
+        "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm optim.warmup_steps "
+        "optim.weight_decay sampler.top_k eval.every eval.majority checkpoint.every log.samples_every log.samples "
+        "model.logits_chunk base.window objective.advantage_epsilon sampler.temperature eval.temperature"
+    ).split()
+    for name in not_negative:
+        section = c
+        for part in name.split("."):
+            section = getattr(section, part)
+        require(section >= 0, name, "must not be negative")
+    require(c.sampler.group_size >= 2, "sampler.group_size", "must be at least 2: a group of 1 has no advantage")
+    require(c.sampler.temperature > 0, "sampler.temperature", "must be above 0: greedy groups are all equal")
+    require(0 < c.sampler.top_p <= 1, "sampler.top_p", "must be above 0 and at most 1")
+    require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
+    require(0 <= c.objective.epsilon <= 1, "objective.epsilon", "must lie between 0 and 1")
+    require(c.objective.epsilon_high >= 0, "objective.epsilon_high", "must not be negative")
+    require(len(c.rewards.names) > 0, "rewards.names", "is empty: name at least one reward")
+    require(
+        len(c.rewards.weights) == len(c.rewards.names),
+        "rewards.weights",
+        f"must hold one weight for each of rewards.names={c.rewards.names!r}",
+    )
+    require(len(set(c.rewards.names)) == len(c.rewards.names), "rewards.names", "names a reward twice")
+    require(c.base.width % c.base.heads == 0, "base.width", f"must divide by base.heads={c.base.heads}")
+    require((c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)")
+    require(c.base.heads % c.base.kv_heads == 0, "base.heads", f"must divide by base.kv_heads={c.base.kv_heads}")
+    require(
+        c.objective.reference_every == 0 or c.objective.beta > 0,
+        "objective.reference_every", "has no effect at objective.beta=0: set beta above 0 or leave it 0",
+    )
+    minibatch, left = divmod(c.completions, c.objective.minibatches)
+    require(
+        left == 0, "objective.minibatches",
+        f"must divide the {c.completions} completions (data.prompts_per_step={c.data.prompts_per_step} x "
+        f"sampler.group_size={c.sampler.group_size})",
+    )
+    require(
+        c.objective.micro_batch_size == 0 or minibatch % c.objective.micro_batch_size == 0,
+        "objective.micro_batch_size", f"must divide the {minibatch} completions of a minibatch",
+    )
+    if c.train.time_budget:
+        parse_duration(c.train.time_budget, f"{source}: train.time_budget")
+    sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    require(sizes.count(-1) <= 1, "mesh.data", "and another axis are both -1: at most one may be")
+    for axis in ("data", "fsdp", "tensor"):
+        require(getattr(c.mesh, axis) == -1 or getattr(c.mesh, axis) >= 1, f"mesh.{axis}", "must be -1 or at least 1")
+    require(
+        c.data.source in ("arithmetic", "memory") or bool(c.data.path), "data.path",
+        f"is empty: data.source={c.data.source!r} needs the file, folder or name to read",
+    )
+
+
+def config_file(name: str) -> pathlib.Path:
+    """The file of an experiment: a path, or the name of a config that the package carries."""
+    path = pathlib.Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    for folder in config_folders():
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    known = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"--config {name}: no such file and no config of that name (known: {', '.join(known)}){hint}")
+
+
+def config_folders() -> list[pathlib.Path]:
+    """Where named configs live: inside the installed package, or beside it in a checkout."""
+    package = pathlib.Path(__file__).parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def load_config_module(path: pathlib.Path) -> types.ModuleType:
+    """Runs an experiment file and returns its module."""
+    spec = importlib.util.spec_from_file_location(f"grpo_jax_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path}: has no get_config(); it must return an ml_collections.ConfigDict")
+    return module
