@@ -1,0 +1,1 @@
+"""Prompts: where rows come from (`sources`, `arithmetic`) and in which order they are drawn (`prompts`)."""

@@ -1,0 +1,121 @@
+"""Prompt sets: rows made into tokens once, and the order in which they are drawn.
+
+The order is a pure function of (seed, draw number): a resumed run needs the draw cursor and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from grpo_jax.errors import InputError
+from grpo_jax.sampler.types import Prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptSet:
+    """A dataset ready to be drawn from.
+
+    Attributes:
+      rows: the rows as loaded; host rewards look text and columns up here.
+      tokens: the prompt of each row, template included, unpadded.
+      columns: what in-graph rewards need, each array with one entry a row.
+    """
+
+    rows: tuple[dict, ...]
+    tokens: tuple[np.ndarray, ...]
+    columns: dict[str, np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+
+def build_prompt_set(
+    rows: Sequence[dict],
+    encode: Callable[[Any], list[int]],
+    max_prompt_length: int,
+    columns: Callable[[Sequence[dict]], dict[str, np.ndarray]],
+) -> PromptSet:
+    """Encodes every row's 'prompt'; raises InputError for an empty dataset and for prompts beyond their budget."""
+    if not rows:
+        raise InputError("data: the dataset is empty: no row to draw prompts from")
+    tokens = tuple(np.asarray(encode(row["prompt"]), np.int32) for row in rows)
+    lengths = np.array([len(t) for t in tokens])
+    if not lengths.all():
+        first = int(lengths.argmin())
+        raise InputError(f"data: the prompt of row {first} has no tokens: {rows[first]['prompt']!r}")
+    if lengths.max() > max_prompt_length:
+        first = int(np.argmax(lengths > max_prompt_length))
+        raise InputError(
+            f"data: the prompt of row {first} (counted from 0) has {lengths[first]} tokens, more than "
+            f"data.max_prompt_length={max_prompt_length}, as have {int((lengths > max_prompt_length).sum())} of "
+            f"{len(rows)} rows: {lengths.max()} would fit all"
+        )
+    made = {name: np.asarray(column) for name, column in columns(rows).items()}
+    for name, column in made.items():
+        if column.shape[:1] != (len(rows),):
+            raise ValueError(f"column {name!r} has shape {column.shape}, its first axis must be the {len(rows)} rows")
+    return PromptSet(tuple(rows), tokens, made)
+
+
+def row_order(draws: Int[np.ndarray, "n"], size: int, seed: int, shuffle: bool) -> Int[np.ndarray, "n"]:
+    """Row of each draw number: draw d is place d % size of epoch d // size, each epoch in its own seeded order.
+
+    The order sorts raw Philox words, which numpy promises to keep between its versions (shuffles it does not).
+    """
+    draws = np.asarray(draws, np.int64)
+    epochs, places = np.divmod(draws, size)
+    if not shuffle:
+        return places
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(size)
+        here = epochs == epoch
+        chosen[here] = np.argsort(words, kind="stable")[places[here]]
+    return chosen
+
+
+def make_batch(
+    prompt_set: PromptSet, first_draw: int, count: int, seed: int, shuffle: bool, max_prompt_length: int
+) -> Prompts:
+    """Draws first_draw to first_draw + count - 1 as numpy arrays, prompts padded with 0 on the left."""
+    draws = first_draw + np.arange(count, dtype=np.int64)
+    chosen = row_order(draws, prompt_set.size, seed, shuffle)
+    return _prompts(prompt_set, draws, chosen, np.ones(count, np.float32), max_prompt_length)
+
+
+def make_eval_batches(
+    prompt_set: PromptSet, batch: int, max_prompt_length: int, problems: int = 0
+) -> Iterator[Prompts]:
+    """The first `problems` rows (0: all; never more than there are) in order, `batch` at a time.
+
+    Row r has draw number r. Filler rows of weight 0 complete the last batch: they repeat row 0 under draw
+    numbers of their own.
+    """
+    wanted = min(problems or prompt_set.size, prompt_set.size)
+    for start in range(0, wanted, batch):
+        draws = start + np.arange(batch, dtype=np.int64)
+        real = draws < wanted
+        yield _prompts(prompt_set, draws, np.where(real, draws, 0), real.astype(np.float32), max_prompt_length)
+
+
+def _prompts(
+    prompt_set: PromptSet, draws: np.ndarray, chosen: np.ndarray, weight: np.ndarray, max_prompt_length: int
+) -> Prompts:
+    tokens = np.zeros((len(chosen), max_prompt_length), np.int32)
+    for place, row in enumerate(chosen):
+        prompt = prompt_set.tokens[row]
+        tokens[place, max_prompt_length - len(prompt) :] = prompt
+    fields: dict[str, Any] = {
+        "tokens": tokens,
+        "lengths": np.array([len(prompt_set.tokens[row]) for row in chosen], np.int32),
+        "draw": draws.astype(np.int32),
+        "row": chosen.astype(np.int32),
+        "weight": weight,
+        "columns": {name: column[chosen] for name, column in prompt_set.columns.items()},
+    }
+    return Prompts(**fields)
