@@ -61,7 +61,6 @@ class BaseConfig:
     kv_heads: int = option(2, "key and value heads")
     mlp_width: int = option(512, "width of the gated MLP")
     rope_theta: float = option(10_000.0, "base of the rotary angles")
-    window: int = option(0, "tokens that attention looks back in every second layer; 0: all")
     tied: bool = option(True, "the embedding is the output matrix too")
     vocabulary: int = option(96, "upper bound on the pieces of the SentencePiece tokenizer trained in the run")
     worked_sums: int = option(6000, "rows of mixed quality that tokenizer and base model learn from")
@@ -375,7 +374,7 @@ def validate(config: Config, source: str = "config") -> None:
     not_negative = (
         "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm optim.warmup_steps "
         "optim.weight_decay sampler.top_k eval.every eval.majority checkpoint.every log.samples_every log.samples "
-        "model.logits_chunk base.window objective.advantage_epsilon sampler.temperature eval.temperature"
+        "model.logits_chunk objective.advantage_epsilon sampler.temperature eval.temperature"
     ).split()
     for name in not_negative:
         section = c

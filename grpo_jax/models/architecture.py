@@ -54,7 +54,6 @@ class Architecture:
         return sum(stack.layers for stack in self.stacks)
 
 
-def llama(layers: int, window: int = 0, **sizes) -> Architecture:
-    """One stack of `layers` layers; every second one looks back `window` tokens when that is not 0."""
-    windows = tuple(window if i % 2 else 0 for i in range(layers))
-    return Architecture(stacks=(Stack(windows),), **sizes)
+def llama(layers: int, **sizes) -> Architecture:
+    """One stack of `layers` layers that look back at everything."""
+    return Architecture(stacks=(Stack((0,) * layers),), **sizes)

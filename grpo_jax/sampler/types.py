@@ -32,6 +32,21 @@ class Prompts:
 
 
 @flax.struct.dataclass
+class Scores:
+    """Rewards of B completions by component.
+
+    Attributes:
+      values: score of each component; 0 where it does not apply.
+      valid: 1 where the component applies, else 0.
+      failed: True when a host reward failed; the update is then skipped and the host raises.
+    """
+
+    values: Float[Array, "B C"]
+    valid: Float[Array, "B C"]
+    failed: Bool[Array, ""]
+
+
+@flax.struct.dataclass
 class Rollout:
     """B sampled completions with the log-probabilities of the law that drew them.
 
@@ -48,6 +63,8 @@ class Rollout:
       group: number of the prompt in its batch; rows of one group are adjacent.
       prompt_tokens: the prompt of each row, padded on the left to P.
       prompt_lengths: its length.
+      scores: rewards by component, once scored.
+      advantages: of each token, once scored.
     """
 
     tokens: Int[Array, "B T"]
@@ -61,18 +78,5 @@ class Rollout:
     group: Int[Array, "B"]
     prompt_tokens: Int[Array, "B P"]
     prompt_lengths: Int[Array, "B"]
-
-
-@flax.struct.dataclass
-class Scores:
-    """Rewards of B completions by component.
-
-    Attributes:
-      values: score of each component; 0 where it does not apply.
-      valid: 1 where the component applies, else 0.
-      failed: True when a host reward failed; the update is then skipped and the host raises.
-    """
-
-    values: Float[Array, "B C"]
-    valid: Float[Array, "B C"]
-    failed: Bool[Array, ""]
+    scores: Scores | None = None
+    advantages: Float[Array, "B T"] | None = None

@@ -1,0 +1,107 @@
+"""Devices, and which array lies on which: one mesh, one table of rules from parameter paths to axes."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.config import Config, MeshConfig
+from grpo_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # how batches are split: over both axes, by rows
+
+# Path pattern -> mesh axes of the last dimensions (a leading layer axis is never split).
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding$", ("tensor", "fsdp")),
+    (r"head/kernel$", ("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
+    (r"(query|key|value|gate|up)/b$", (None, "tensor")),
+    (r"(out|down)/a$", ("tensor", None)),
+    (r"(out|down)/b$", (None, "fsdp")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor; -1 takes the devices that are left.
+
+    Raises InputError when the sizes do not multiply to the device count.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(len(devices) // known, 1)
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise InputError(f"config: {shape} is not the {len(devices)} devices there are; -1 takes what is left")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises InputError when prompts or micro-batches do not split over the devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    prompts = config.data.prompts_per_step
+    if prompts % shards:
+        raise InputError(
+            f"config: data.prompts_per_step={prompts} must divide by the {shards} devices of mesh.data x mesh.fsdp"
+        )
+    micro = config.objective.micro_batch_size or config.completions // config.objective.minibatches
+    if micro % shards:
+        raise InputError(
+            f"config: objective.micro_batch_size={micro} must divide by the {shards} devices of mesh.data x mesh.fsdp"
+        )
+
+
+def path_name(path: tuple) -> str:
+    """'stack_0/attention/query/kernel' from a jax key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...] = ()) -> PartitionSpec:
+    """The axes of one leaf by RULES; an axis that does not divide its dimension, or is in `drop`, is left out."""
+    for pattern, axes in RULES:
+        if re.search(pattern, path) and len(shape) >= len(axes):
+            lead = (None,) * (len(shape) - len(axes))
+            kept = [
+                axis if axis and axis not in drop and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(axes, shape[len(lead):], strict=True)
+            ]
+            return PartitionSpec(*lead, *kept)
+    return PartitionSpec()
+
+
+def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
+    """NamedShardings of a tree of parameters, or of anything whose paths end alike (optimizer state)."""
+    def leaf(path: tuple, x: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh, drop))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over data and fsdp."""
+    return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_rows(tree: Any, mesh: Mesh) -> Any:
+    """The tree with each leaf's first axis split as rows are."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), tree)
+
+
+def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
+    """Parameters in the layout that sampling wants: as trained, split over tensor alone, or copied."""
+    if sampling == "same":
+        return variables
+    drop = ("fsdp",) if sampling == "tensor" else ("fsdp", "tensor")
+    return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, drop))

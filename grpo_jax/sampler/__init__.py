@@ -1,0 +1,1 @@
+"""Prompts in, rollouts out: prefill once a prompt, decode all rows until each has ended."""

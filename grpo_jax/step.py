@@ -1,0 +1,409 @@
+"""The step: sampling, reward, advantage, clipped loss, KL and update as one pure function.
+
+    train_step(parts, state, prompts) -> (state, metrics, rollout)
+
+It is three functions, `sample_rollout`, `score_rollout` and `update`, called one after another. Fused mode
+compiles their composition once; staged mode compiles each on its own, for slow rewards and for
+looking in between. `parts` holds what never changes in a run; everything that does is in `state`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.config import Config
+from grpo_jax.metrics import Fetcher, Mean
+from grpo_jax.models.decoder import unstack
+from grpo_jax.ops.advantages import advantages
+from grpo_jax.ops.logprobs import token_logps
+from grpo_jax.ops.masked import safe_divide
+from grpo_jax.ops.objectives import denominators, policy_loss_terms
+from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
+from grpo_jax.rewards.scorer import Scorer
+from grpo_jax.sampler.sample import left_positions, sample
+from grpo_jax.sampler.types import Prompts, Rollout, Scores
+
+TRAINING, EVALUATION = 0, 1  # streams of sampling noise
+Means = dict[str, Mean]
+
+# Metrics of the objective, by the names that a run writes.
+METRIC_NAMES = {
+    "clip_fraction_low": "clip/low", "clip_fraction_high": "clip/high", "ratio": "ratio/mean", "kl": "kl",
+}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in a run; one pytree for full training and for adapters, donated at every step.
+
+    Attributes:
+      step: rollouts so far.
+      draws: draw number of the next prompt.
+      updates: optimizer updates so far, skipped ones left out.
+      skipped: updates skipped so far because something was not finite.
+      skipped_in_row: how many of them since the last good one.
+      trainable: collections that the optimizer changes, {"params": ...} or {"adapters": ...}.
+      frozen: collections that it does not.
+      reference: the reference's copy of `trainable`; None when beta is 0.
+      opt_state: the optimizer's.
+    """
+
+    step: Int[Array, ""]
+    draws: Int[Array, ""]
+    updates: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+    trainable: Any
+    frozen: Any
+    reference: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step tells.
+
+    Attributes:
+      means: (sum, count) by name; the host divides once.
+      nonfinite: updates in which a parameter's gradient was not finite, one entry a leaf of `trainable`.
+      failed: a host reward failed.
+      skipped_in_row: updates skipped since the last good one.
+    """
+
+    means: Means
+    nonfinite: Float[Array, "leaves"]
+    failed: Bool[Array, ""]
+    skipped_in_row: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens."""
+
+    config: Config
+    module: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    scorer: Scorer
+    mesh: Mesh
+    end_ids: tuple[int, ...]
+
+
+def init_state(parts: StepParts, variables: dict[str, Any], frozen: dict[str, Any] | None = None) -> TrainState:
+    """A state at step 0 on the mesh; the reference is a copy with buffers of its own."""
+    def make(variables: Any, frozen: Any) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        reference = jax.tree.map(jnp.copy, variables) if parts.config.objective.beta > 0 else None
+        return TrainState(zero, zero, zero, zero, zero, variables, frozen, reference, parts.optimizer.init(variables))
+
+    frozen = frozen or {}
+    layout = shardings(jax.eval_shape(make, variables, frozen), parts.mesh)
+    return jax.jit(make, out_shardings=layout)(variables, frozen)
+
+
+def train_step(parts: StepParts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
+    """One step of GRPO: sample, score, update."""
+    rollout = sample_rollout(parts, state, prompts)
+    return update(parts, state, score_rollout(parts, prompts, rollout))
+
+
+def noise_key(seed: int, stream: int, step: Int[Array, ""] | int) -> Array:
+    """The key of a step's sampling noise; draw number, sample and position are folded in by the sampler."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+
+
+def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
+    """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
+    dtype = jnp.dtype(parts.config.model.compute_dtype)
+    cast = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, variables)
+    cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
+    return unstack(cast, parts.module.architecture)
+
+
+def sample_rollout(parts: StepParts, state: TrainState, prompts: Prompts) -> Rollout:
+    """The policy's completions of the prompts."""
+    variables = sampling_variables(parts, {**state.frozen, **state.trainable})
+    key = noise_key(parts.config.seed, TRAINING, state.step)
+    module = parts.module.clone(scanned=False, remat="none")
+    rollout = sample(module, variables, constrain_rows(prompts, parts.mesh), key, parts.config.sampler, parts.end_ids)
+    return constrain_rows(rollout, parts.mesh)
+
+
+def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollout:
+    """The rollout with its scores and advantages."""
+    return add_advantages(parts, rollout, parts.scorer.score(prompts, rollout))
+
+
+def add_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Rollout:
+    """The rollout with scores, and the advantages [B, T] that follow from them."""
+    rewards = parts.scorer.total(scores)
+    by_row = advantages(rewards, parts.config.sampler.group_size, parts.config.objective, rollout.weight)
+    scores = scores.replace(failed=jnp.broadcast_to(scores.failed, rewards.shape))
+    return rollout.replace(scores=scores, advantages=by_row[:, None] * rollout.mask)
+
+
+@flax.struct.dataclass
+class TrainingBatch:
+    """What the loss reads, row by row: prompt and completion as one sequence of P + T tokens."""
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    targets: Int[Array, "B T"]
+    old_logps: Float[Array, "B T"]
+    ref_logps: Float[Array, "B T"] | None
+    advantages: Float[Array, "B T"]
+    mask: Float[Array, "B T"]
+    weight: Float[Array, "B"]
+
+
+def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
+    """The rollout as sequences; the loss mask leaves out filler and, when asked, what did not end."""
+    width = rollout.prompt_tokens.shape[1]
+    positions, segments = left_positions(rollout.prompt_lengths, width)
+    place = rollout.prompt_lengths[:, None] + jnp.arange(rollout.tokens.shape[1])[None, :]
+    counted = rollout.weight * (rollout.ended if mask_truncated else 1.0)
+    return TrainingBatch(
+        tokens=jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1),
+        positions=jnp.concatenate([positions, place], axis=1),
+        segments=jnp.concatenate([segments, rollout.mask.astype(jnp.int32)], axis=1),
+        targets=rollout.tokens, old_logps=rollout.logps, ref_logps=None,
+        advantages=jnp.zeros_like(rollout.mask) if rollout.advantages is None else rollout.advantages,
+        mask=rollout.mask * counted[:, None], weight=rollout.weight,
+    )
+
+
+def completion_logps(
+    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability and entropy at the sampling temperature of each completion token."""
+    width = batch.tokens.shape[1] - batch.targets.shape[1]
+    hidden = parts.module.apply(variables, batch.tokens, batch.positions, batch.segments)
+
+    def unembed(hidden: Array) -> Array:
+        return parts.module.apply(variables, hidden, method="logits")
+
+    # The last prompt token predicts the first completion token.
+    return token_logps(
+        hidden[:, width - 1 : -1], unembed, batch.targets, parts.config.sampler.temperature,
+        parts.config.model.logits_chunk,
+    )
+
+
+def split(batch: Any, minibatches: int, micros: int) -> Any:
+    """[B, ...] to [minibatches, micros, rows, ...], taking every k-th row, so that a split of the rows
+    over devices gives each device its share of every piece."""
+    def leaf(x: Array) -> Array:
+        pieces = x.reshape(-1, minibatches * micros, *x.shape[1:]).swapaxes(0, 1)
+        return pieces.reshape(minibatches, micros, *pieces.shape[1:])
+
+    return jax.tree.map(leaf, batch)
+
+
+def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Rollout]:
+    """Epochs of minibatches of micro-batches: objective, gradient, accumulation, optimizer."""
+    objective = parts.config.objective
+    micro_rows = objective.micro_batch_size or rollout.tokens.shape[0] // objective.minibatches
+    micros = rollout.tokens.shape[0] // objective.minibatches // micro_rows
+    batch = training_batch(rollout, objective.mask_truncated)
+    pieces = split(batch, objective.minibatches, micros)
+    if state.reference is not None:
+        pieces = pieces.replace(ref_logps=reference_logps(parts, state, pieces))
+    divisors = jax.vmap(lambda piece: denominators(
+        piece.mask.reshape(-1, piece.mask.shape[-1]), batch.mask, objective, piece.weight.reshape(-1), batch.weight
+    ))(pieces)
+    assert rollout.scores is not None
+    failed = jnp.any(rollout.scores.failed)
+
+    def minibatch(state: TrainState, part: tuple[TrainingBatch, Array]) -> tuple[TrainState, UpdateReport]:
+        return update_once(parts, state, *part, failed)
+
+    def epoch(state: TrainState, _: None) -> tuple[TrainState, UpdateReport]:
+        return jax.lax.scan(minibatch, state, (pieces, divisors))
+
+    state, reports = jax.lax.scan(epoch, state, None, length=objective.num_iterations)
+    first = jax.tree.map(lambda x: x[0, 0], reports)  # before any update: the sampler's own parameters
+    means = jax.tree.map(jnp.sum, reports.means)
+    means |= {name: first.means[name] for name in ("sampler_gap/mean", "entropy")}
+    means |= rollout_means(parts, rollout)
+    means |= {"sampler_gap/max": (first.gap, 1.0), "lr": (parts.schedule(jnp.maximum(state.updates - 1, 0)), 1.0)}
+    means |= {"skipped": (jnp.sum(reports.skipped), 1.0)}
+    metrics = Metrics(means, jnp.sum(reports.nonfinite, (0, 1)), failed, state.skipped_in_row)
+    drawn = jnp.sum(rollout.weight > 0) // parts.config.sampler.group_size
+    state = state.replace(step=state.step + 1, draws=state.draws + drawn.astype(jnp.int32))
+    return refresh_reference(parts, state), metrics, rollout
+
+
+@flax.struct.dataclass
+class UpdateReport:
+    """What one optimizer update tells; `gap` is the largest difference to the sampler's log-probabilities."""
+
+    means: Means
+    gap: Float[Array, ""]
+    skipped: Float[Array, ""]
+    nonfinite: Float[Array, "leaves"]
+
+
+def reference_logps(parts: StepParts, state: TrainState, pieces: TrainingBatch) -> Float[Array, "M K r T"]:
+    """The reference's log-probabilities, one micro-batch at a time."""
+    variables = {**state.frozen, **state.reference}
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
+    logps = jax.lax.map(lambda micro: completion_logps(parts, variables, micro)[0], flat)
+    return logps.reshape(*pieces.targets.shape[:2], *logps.shape[1:])
+
+
+def micro_loss(
+    trainable: Any, parts: StepParts, frozen: Any, micro: TrainingBatch
+) -> tuple[Float[Array, ""], tuple[Means, Array]]:
+    """The objective's numerator over a micro-batch, its metrics, and the largest gap to the sampler."""
+    logps, entropy = completion_logps(parts, {**frozen, **trainable}, micro)
+    terms = policy_loss_terms(
+        logps, micro.old_logps, micro.ref_logps, micro.advantages, micro.mask, parts.config.objective, micro.weight
+    )
+    count = jnp.sum(micro.mask)
+    gap = jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps) * micro.mask
+    means: Means = {METRIC_NAMES[name]: pair for name, pair in terms.metrics.items() if name in METRIC_NAMES}
+    means |= {"entropy": (jnp.sum(entropy * micro.mask), count), "sampler_gap/mean": (jnp.sum(gap), count)}
+    return terms.numerator, (means, jnp.max(gap))
+
+
+def update_once(
+    parts: StepParts, state: TrainState, micros: TrainingBatch, divisor: Array, failed: Array
+) -> tuple[TrainState, UpdateReport]:
+    """One optimizer update from micro-batches [K, r, ...]; skipped when anything is not finite."""
+    loss, gradient, means, gap = minibatch_gradient(parts, state, micros, divisor)
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)])
+    norm = jnp.sqrt(jnp.sum(squares))
+    good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~failed
+    changes, opt_state = parts.optimizer.update(gradient, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, changes)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    state = state.replace(
+        trainable=keep(trainable, state.trainable), opt_state=keep(opt_state, state.opt_state),
+        updates=state.updates + good, skipped=state.skipped + ~good,
+        skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+    )
+    means = means | {"loss": (loss, 1.0), "grad_norm": (norm, 1.0)}
+    return state, UpdateReport(means, gap, 1.0 - good, 1.0 - jnp.isfinite(squares))
+
+
+def minibatch_gradient(
+    parts: StepParts, state: TrainState, micros: TrainingBatch, divisor: Array
+) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
+    """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its micro-batches."""
+    def accumulate(total: Any, micro: TrainingBatch) -> tuple[Any, tuple[Array, Means, Array]]:
+        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+        (numerator, (means, gap)), gradient = value_and_grad(state.trainable, parts, state.frozen, micro)
+        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, gradient), (numerator, means, gap)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+    total, (numerators, means, gaps) = jax.lax.scan(accumulate, zeros, micros)
+    gradient = jax.tree.map(lambda g: safe_divide(g, divisor), total)
+    return safe_divide(jnp.sum(numerators), divisor), gradient, jax.tree.map(jnp.sum, means), jnp.max(gaps)
+
+
+def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
+    """The reference becomes the policy after every `reference_every` steps."""
+    every = parts.config.objective.reference_every
+    if state.reference is None or every == 0:
+        return state
+    due = state.step % every == 0
+    return state.replace(reference=jax.tree.map(lambda n, o: jnp.where(due, n, o), state.trainable, state.reference))
+
+
+def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
+    """Rewards, groups and lengths; a completion is right when its first reward component is at least 1."""
+    scores, weight = rollout.scores, rollout.weight
+    assert scores is not None and rollout.advantages is not None
+    rows, group = jnp.sum(weight), parts.config.sampler.group_size
+    right = weight * (scores.values[:, 0] >= 1.0) * scores.valid[:, 0]
+    wrong = weight - right
+    by_group = right.reshape(-1, group).sum(axis=1)
+    real = weight.reshape(-1, group).sum(axis=1)
+    lengths = rollout.lengths.astype(jnp.float32)
+    tokens = jnp.sum(lengths * weight)
+    means: Means = {
+        "reward/total": (jnp.sum(parts.scorer.total(scores) * weight), rows),
+        "solve_rate": (jnp.sum(right), rows),
+        "groups/all_right": (jnp.sum((by_group == real) & (real > 0)) * 1.0, 1.0),
+        "groups/all_wrong": (jnp.sum((by_group == 0) & (real > 0)) * 1.0, 1.0),
+        "advantage/mean_abs": (jnp.sum(jnp.abs(rollout.advantages) * weight[:, None]), tokens),
+        "length/mean": (tokens, rows),
+        "length/right": (jnp.sum(lengths * right), jnp.sum(right)),
+        "length/wrong": (jnp.sum(lengths * wrong), jnp.sum(wrong)),
+        "truncated": (jnp.sum(weight * ~rollout.ended), rows),
+        "tokens": (tokens, 1.0),
+    }
+    for c, name in enumerate(parts.scorer.names):
+        counted = scores.valid[:, c] * weight
+        means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))
+    return means
+
+
+class Program:
+    """The compiled step: `program(state, prompts) -> (state, metrics, rollout)`, the state donated.
+
+    `traces` counts how often Python built a program: once in fused mode. In staged mode `seconds`
+    holds what each phase of the last call took.
+    """
+
+    def __init__(self, parts: StepParts, state: TrainState):
+        self.parts = parts
+        self.traces = 0
+        self.seconds: dict[str, float] = {}
+        layout = jax.tree.map(lambda x: x.sharding, state)
+        rows, whole = row_sharding(parts.mesh), replicated(parts.mesh)
+        stepped = {"in_shardings": (layout, rows), "out_shardings": (layout, whole, rows), "donate_argnums": 0}
+        self._staged = parts.config.step.mode == "staged"
+        if self._staged:
+            self.sample = self._compiled(sample_rollout, in_shardings=(layout, rows), out_shardings=rows)
+            self.score_in_graph = self._compiled(lambda parts, *given: parts.scorer.score_in_graph(*given))
+            self.add_advantages = self._compiled(add_advantages)
+            self.update = self._compiled(update, **stepped)
+        else:
+            self.fused = self._compiled(train_step, **stepped)
+
+    def _compiled(self, function: Callable[..., Any], **options: Any) -> Any:
+        def program(*arguments: Any) -> Any:
+            self.traces += 1
+            with jax.default_matmul_precision(self.parts.config.model.matmul_precision):
+                return function(self.parts, *arguments)
+
+        program.__name__ = function.__name__.strip("<>")  # what profiles and compile logs show
+        return jax.jit(program, **options)
+
+    def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
+        """Runs one step; in staged mode it waits for each phase."""
+        if not self._staged:
+            return self.fused(state, prompts)
+        began = time.perf_counter()
+
+        def phase(name: str, result: Any) -> Any:
+            nonlocal began
+            jax.block_until_ready(result)
+            now = time.perf_counter()
+            self.seconds[name], began = now - began, now
+            return result
+
+        rollout = phase("sample", self.sample(state, prompts))
+        scores = self.parts.scorer.score_on_host(prompts, rollout, self.score_in_graph, Fetcher())
+        rollout = phase("score", self.add_advantages(rollout, scores))
+        return phase("update", self.update(state, rollout))
+
+
+def nonfinite_paths(parts: StepParts, state: TrainState, flags: Any) -> list[str]:
+    """Names of the parameters whose gradient was not finite, from the metric `nonfinite`."""
+    paths = jax.tree_util.tree_flatten_with_path(state.trainable)[0]
+    return [path_name(path) for (path, _), flag in zip(paths, flags, strict=True) if flag]
