@@ -61,8 +61,9 @@ class Checkpoints:
         meta["layout"] = _layout(arrays)
         self._saving = step
         self._retention.scores[step] = meta["score"]
-        # Orbax refuses arrays without elements; the layout alone brings them back.
-        content = {name: _private(array) for name, array in arrays.items() if array.size}
+        # Orbax refuses arrays without elements; the layout alone brings them back. When save returns it holds host
+        # copies, on CPU views, for whose sake jax leaves a donated buffer alone.
+        content = {name: array for name, array in arrays.items() if array.size}
         items = ocp.args.Composite(state=ocp.args.StandardSave(content), meta=ocp.args.JsonSave(meta))
         return self._manager.save(step, args=items, force=True)
 
@@ -190,16 +191,6 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _layout(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
-
-
-def _private(array: jax.Array) -> jax.Array:
-    """The array in a buffer of our own, where orbax would read the caller's.
-
-    On CPU the host view that orbax writes from shares memory with the device buffer, which the next step
-    overwrites when it is donated. Elsewhere orbax has copied to the host when `save` returns.
-    """
-    on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
-    return jax.device_put(array, array.sharding, may_alias=False) if on_cpu else array
 
 
 def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
