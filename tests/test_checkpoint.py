@@ -1,5 +1,6 @@
 """What is restored is what was saved, bit for bit, or another checkpoint and a warning; never garbage."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -229,7 +230,7 @@ def test_another_model_is_an_error_and_no_damage(tmp_path):
         with pytest.raises(InputError, match=r"params/embedding is bfloat16\[16, 8\] .* bfloat16\[16, 9\] in this run"):
             checkpoints.restore(other)
         with pytest.raises(InputError, match=r"reference is absent in the checkpoint and float32\[\] in this run"):
-            checkpoints.restore(make_state().replace(reference=jnp.zeros(())))
+            checkpoints.restore(dataclasses.replace(make_state(), reference=jnp.zeros(())))
         assert checkpoints.steps() == [1, 2]
 
 

@@ -147,7 +147,6 @@ def test_only_the_last_line_may_be_torn(tmp_path):
 
 def test_tensorboard_holds_the_finite_values(tmp_path):
     from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import crc32c
 
     with metrics.RunWriter(tmp_path, LogConfig(tensorboard=True)) as writer:
         writer.step(7, {"reward/total": 0.25, "kl": float("nan")})
@@ -155,10 +154,9 @@ def test_tensorboard_holds_the_finite_values(tmp_path):
     data, seen, at = path.read_bytes(), {}, 0
     while at < len(data):  # records: length (8 bytes), its checksum (4), event, checksum (4)
         size = int.from_bytes(data[at : at + 8], "little")
-        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])  # pyright: ignore[reportAttributeAccessIssue]
         seen |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
         at += size + 16
-    assert crc32c(b"") == 0
     assert seen == {"reward/total": (7, 0.25)}
 
 
