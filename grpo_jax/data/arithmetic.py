@@ -18,9 +18,11 @@ MAX_ROWS = {"train": 10_000, "eval": 1_000}  # what `rows` makes at most; two di
 
 # Shares of the worked sums that are not right (1 - right_share). All of them forget every carry, so that they agree
 # on one wrong answer: it wins the majority vote wherever the sum has a carry (70% of two-digit sums), and sampling
-# more does not find the way out. Most answer directly. While DIRECT_SHARE * (1 - right_share) is above right_share,
-# `<answer>` is the likeliest first token, so the greedy path is the wrong mode too; yet one token away, `<think>`
-# opens the right mode, which reinforcement can therefore lift to nearly 1 without learning anything new.
+# more does not find the way out. Most answer directly. While right_share is below 0.45, `<answer>` is the likeliest
+# first token (0.87 of the wrong against right_share and 0.06 of the wrong that think), so the greedy path is the wrong
+# mode too; yet one token away `<think>` opens the right mode, whose weight reinforcement can raise.
+# Measured at right_share 0.36 on a smaller decoder (3 layers of width 96, 450 steps, 128 held-out sums): pass@1 0.43,
+# greedy 0.27, majority of 8 0.42; 0.85 when `<think>` is given, of at most 0.90 that these shares allow.
 DIRECT_SHARE = 0.80  # <answer>65</answer>
 THINKING_SHARE = 0.06  # thinks as the right mode does, with carries of 0: thinking alone is no warrant either
 UNCLOSED_SHARE = 0.07  # <answer>65
@@ -119,7 +121,7 @@ def completion(a: int, b: int, digits: int, mode: str) -> str:
 def _columns(a: int, b: int, digits: int, with_carries: bool) -> str:
     """Column sums from the units on: '7+8=15;2+4+1=07' for 27+48, the carry explicit, every sum two digits.
 
-    Always `digits` columns, so that a token's place tells what it is: a small decoder learns each in a minute.
+    Always `digits` columns, so that a token's place tells what it is.
     """
     lines, carry = [], 0
     for place in range(digits):
