@@ -29,6 +29,8 @@ NOT_APPLICABLE = np.float32(np.inf)
 FAILED = np.float32(np.nan)
 # Mesh axes over which completions are split; the others hold copies of them.
 ROW_AXES = ("data", "fsdp")
+# Numbers in an argument of a callback on CPU devices: 64 KiB.
+CPU_PIECE = 16384
 
 HostScores = tuple[Float[Array, "B C"], Float[Array, "B C"], Bool[Array, ""]]
 
@@ -39,7 +41,8 @@ class HostRewards:
     Each is called as `fn(prompts=[...], completions=[...], **columns)`, plus `completion_ids`, with what it accepts;
     lists are aligned with the completions. A row whose prompt is a list of messages has its completions as
     messages too. Calls are one at a time, in a thread with a time limit: a function that holds the interpreter's lock
-    (a runaway regular expression) cannot be stopped by it.
+    (a runaway regular expression) cannot be stopped by it. A function that itself runs jax needs staged mode: the
+    devices of the step wait for it.
 
     Attributes:
       seconds: time spent in calls.
@@ -208,24 +211,39 @@ def score_in_program(
     copied_over = tuple(name for name in mesh.axis_names if name not in ROW_AXES)
     spec = PartitionSpec(rows_over)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    def call(row, tokens, lengths):
-        shape = jax.ShapeDtypeStruct((row.shape[0], len(host.functions)), jnp.float32)
+    @partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    def call(table):
+        shape = jax.ShapeDtypeStruct((table.shape[0], len(host.functions)), jnp.float32)
+
+        def receive(*pieces):
+            whole = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(table.shape)
+            return host.call(whole[:, 0], whole[:, 2:], whole[:, 1])
+
         owner = jnp.bool_(True)
         for name in copied_over:
             owner &= jax.lax.axis_index(name) == 0
         # io_callback, since a pure_callback may be dropped or repeated.
         raw = jax.lax.cond(
             owner,
-            lambda *args: io_callback(host.call, shape, *args, ordered=False),
-            lambda *args: jnp.zeros(shape.shape, shape.dtype),
-            row,
-            tokens,
-            lengths,
+            lambda *pieces: io_callback(receive, shape, *pieces, ordered=False),
+            lambda *pieces: jnp.zeros(shape.shape, shape.dtype),
+            *_pieces(table.ravel(), mesh),
         )
         return jax.lax.psum(raw, copied_over) if copied_over else raw
 
-    return decoded(call(row, tokens, lengths))
+    table = jnp.concatenate([row[:, None], lengths[:, None], tokens], axis=1).astype(jnp.int32)
+    return decoded(call(table))
+
+
+def _pieces(flat: Int[Array, "S"], mesh: Mesh) -> list[Int[Array, "S"]]:
+    """The argument in pieces that a callback may read.
+
+    On CPU devices io_callback copies arguments of 100 KiB and more with threads of the pool that the callbacks
+    themselves hold: with as many shards as threads all wait forever (seen with 8 shards of 512 KiB on 2 cores).
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return [flat]
+    return jnp.split(flat, list(range(CPU_PIECE, flat.shape[0], CPU_PIECE)))
 
 
 def decoded(raw: Float[Array, "B C"]) -> HostScores:

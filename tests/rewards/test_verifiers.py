@@ -1,22 +1,39 @@
 """The in-graph rewards against rules written on strings, on generated and on chosen completions."""
 
 import ast
+import functools
 import pathlib
 import time
 
-import grpo_jax.rewards
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grpo_jax.rewards.texts import TEXT_REWARDS, answer_span, last_number
-from grpo_jax.rewards.verifiers import REWARDS, byte_table, completion_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grpo_jax.rewards
+from grpo_jax.rewards.texts import TEXT_REWARDS, answer_span, last_number
+from grpo_jax.rewards.verifiers import REWARDS, byte_table, completion_bytes
+
 FRAGMENTS = [
     "",  # a special token
-    *("<think>", "</think>", "<answer>", "</answer>", "<", "<thi", "nk>", "</", "ans", "wer>", "/", ">", "<answer", "<<"),
+    *(
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "<",
+        "<thi",
+        "nk>",
+        "</",
+        "ans",
+        "wer>",
+        "/",
+        ">",
+        "<answer",
+        "<<",
+    ),
     *(" ", "\n", "\t ", "\x0b", "\x0c\r", "\u00a0", "\u2003", "\x00"),
     *"0123456789",
     *(",", ".", "-", ",000", "1,234", "00", ".0", "$", "-0", "−", ")", "a", "is ", "²", "٣", "é", "数", "🙂", "123456"),
@@ -54,10 +71,16 @@ def answer_columns(rights, width=ANSWER_WIDTH):
     return {"answer_bytes": table, "answer_lengths": np.array([len(right.encode()) for right in rights], np.int32)}
 
 
-@jax.jit
-def in_graph(tokens, lengths, columns):
-    text, n = completion_bytes(byte_table(TOKEN_BYTES), tokens, lengths)
-    return text, n, {name: reward(text, n, columns) for name, reward in REWARDS.items()}
+@functools.cache
+def program(token_bytes):
+    """Text and verdicts of all rewards; compiled once for each vocabulary."""
+
+    @jax.jit
+    def verdicts(tokens, lengths, columns):
+        text, n = completion_bytes(byte_table(token_bytes), tokens, lengths)
+        return text, n, {name: reward(text, n, columns) for name, reward in REWARDS.items()}
+
+    return lambda *inputs: jax.device_get(verdicts(*inputs))
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -68,7 +91,7 @@ def test_bytes_and_scores_equal_the_text_twins(batch, padding):
         row[: len(completion)] = completion
     rights = [right for _, right in batch]
     lengths = np.array([len(completion) for completion, _ in batch], np.int32)
-    text, n, verdicts = jax.device_get(in_graph(tokens, lengths, answer_columns(rights)))
+    text, n, verdicts = program(tuple(TOKEN_BYTES))(tokens, lengths, answer_columns(rights))
     for row, size, (completion, _) in zip(text, n, batch, strict=True):
         assert row[:size].tobytes() == b"".join(TOKEN_BYTES[token] for token in completion)
         assert not row[size:].any()
@@ -84,12 +107,12 @@ def test_bytes_and_scores_equal_the_text_twins(batch, padding):
 def score(name, texts, rights):
     """In-graph verdicts of whole strings, each byte a token; the twin must agree."""
     data = [text.encode() for text in texts]
-    tokens = np.zeros((len(texts), 160), np.int32)
-    for row, line in zip(tokens, data, strict=True):
-        row[: len(line)] = list(line)
-    lengths = np.array([len(line) for line in data])
-    text, n = completion_bytes(byte_table([bytes([i]) for i in range(256)]), tokens, lengths)
-    values, valid = REWARDS[name](text, n, {k: jnp.asarray(v) for k, v in answer_columns(rights, 80).items()})
+    tokens, lengths = np.zeros((16, 160), np.int32), np.zeros(16, np.int32)
+    for i, line in enumerate(data):
+        tokens[i, : len(line)], lengths[i] = list(line), len(line)
+    columns = answer_columns(rights + [""] * (16 - len(rights)), 80)
+    values, valid = program(tuple(bytes([i]) for i in range(256)))(tokens, lengths, columns)[2][name]
+    values, valid = values[: len(texts)], valid[: len(texts)]
     got = [float(value) if applies else None for value, applies in zip(values, valid, strict=True)]
     assert got == TEXT_REWARDS[name](prompts=[""] * len(texts), completions=texts, answer=rights)
     return got
@@ -190,14 +213,16 @@ def test_last_number(text, number):
 
 def test_unknown_ids_and_padding_add_nothing():
     table = byte_table([b"ab", b"", b"c"])
-    text, n = completion_bytes(table, jnp.array([[2, 1, 0, 9, 2, 0], [0, 0, 0, 0, 0, 0]]), jnp.array([5, 0]))
+    text, n = jax.jit(functools.partial(completion_bytes, table))(
+        jnp.array([[2, 1, 0, 9, 2, 0], [0, 0, 0, 0, 0, 0]]), jnp.array([5, 0])
+    )
     assert n.tolist() == [4, 0] and text.shape == (2, 12)
     assert bytes(np.asarray(text[0])) == b"cabc" + b"\0" * 8 and not text[1].any()
 
 
 def test_no_vocabulary_is_read_as_text():
     table = byte_table([b"", b""])
-    text, n = completion_bytes(table, jnp.array([[0, 1]]), jnp.array([2]))
+    text, n = jax.jit(functools.partial(completion_bytes, table))(jnp.array([[0, 1]]), jnp.array([2]))
     assert text.shape == (1, 2) and n.tolist() == [0] and not text.any()
 
 
