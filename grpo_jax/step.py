@@ -356,13 +356,14 @@ class Program:
     """The compiled step: `program(state, prompts) -> (state, metrics, rollout)`, the state donated.
 
     `traces` counts how often Python built a program: once in fused mode. In staged mode `seconds`
-    holds what each phase of the last call took.
+    holds what each phase of the last call took. `paths` names the leaves of `Metrics.nonfinite`.
     """
 
     def __init__(self, parts: StepParts, state: TrainState):
         self.parts = parts
         self.traces = 0
         self.seconds: dict[str, float] = {}
+        self.paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.trainable)[0]]
         layout = jax.tree.map(lambda x: x.sharding, state)
         rows, whole = row_sharding(parts.mesh), replicated(parts.mesh)
         stepped = {"in_shardings": (layout, rows), "out_shardings": (layout, whole, rows), "donate_argnums": 0}
@@ -384,6 +385,11 @@ class Program:
         program.__name__ = function.__name__.strip("<>")  # what profiles and compile logs show
         return jax.jit(program, **options)
 
+    def compile(self, state: TrainState, prompts: Prompts) -> None:
+        """Compiles the fused step before the first call; staged programs compile when they first run."""
+        if not self._staged:
+            self.fused = self.fused.lower(state, prompts).compile()
+
     def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
         """Runs one step; in staged mode it waits for each phase."""
         if not self._staged:
@@ -401,9 +407,3 @@ class Program:
         scores = self.parts.scorer.score_on_host(prompts, rollout, self.score_in_graph, Fetcher())
         rollout = phase("score", self.add_advantages(rollout, scores))
         return phase("update", self.update(state, rollout))
-
-
-def nonfinite_paths(parts: StepParts, state: TrainState, flags: Any) -> list[str]:
-    """Names of the parameters whose gradient was not finite, from the metric `nonfinite`."""
-    paths = jax.tree_util.tree_flatten_with_path(state.trainable)[0]
-    return [path_name(path) for (path, _), flag in zip(paths, flags, strict=True) if flag]

@@ -1,0 +1,69 @@
+"""The embedded base model: a tokenizer and a small decoder learned in the run from worked sums."""
+
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.config import Config
+from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
+from grpo_jax.errors import InputError
+from grpo_jax.models.architecture import Architecture, llama
+from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.models.loading import LoadedModel
+from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.sft import Example, fine_tune, save_model
+from grpo_jax.terminal import Terminal
+from grpo_jax.text import Tokenizer, train_sentencepiece
+
+SYMBOLS = ("<think>", "</think>", "<answer>", "</answer>")
+DONE = "model"  # the folder that is there only when the base is finished
+
+
+def make_base(
+    config: Config, held_out: list[dict], mesh: Mesh, workdir: pathlib.Path, stop: Stop, terminal: Terminal
+) -> str:
+    """The folder of the base model, made now or by an earlier start of the same run.
+
+    Every part is a function of the config; what is finished is not made again.
+    """
+    if config.data.source != "arithmetic":
+        raise InputError(
+            f"config: model.path='' makes a base for sums, and data.source={config.data.source!r}: name a model to train"
+        )
+    finished = workdir / DONE
+    if finished.is_dir():
+        return str(finished)
+    workdir.mkdir(parents=True, exist_ok=True)
+    pairs = worked_sums(config.seed, config.base.worked_sums, config.data.digits, config.base.right_share)
+    assert_disjoint(pairs, held_out)
+    tokenizer_path = workdir / "tokenizer.model"
+    if not tokenizer_path.exists():
+        terminal.say("training a SentencePiece tokenizer on worked sums")
+        train_sentencepiece((p + c for p, c in pairs), config.base.vocabulary, SYMBOLS, str(tokenizer_path))
+    tokenizer = Tokenizer.from_sentencepiece(str(tokenizer_path))
+    architecture = base_architecture(config, tokenizer)
+    module = Decoder(architecture)
+    params = jax.jit(lambda key: init_params(module, key))(jax.random.key(config.seed))
+    examples = [_example(tokenizer, prompt, completion) for prompt, completion in pairs]
+    longest = max(len(ids) for ids, _ in examples)
+    if longest > config.base.sft.max_length:
+        raise InputError(f"config: base.sft.max_length={config.base.sft.max_length} is below {longest}, the longest row")
+    params = fine_tune(config, config.base.sft, module, params, examples, mesh, workdir / "sft", stop, terminal, "base")
+    made = LoadedModel(architecture, {}, tokenizer, str(finished))
+    return save_model(finished, made, jax.device_get(params))
+
+
+def base_architecture(config: Config, tokenizer: Tokenizer) -> Architecture:
+    """Sizes of the base; the vocabulary is what the tokenizer came out with."""
+    b = config.base
+    return llama(
+        b.layers, vocabulary=tokenizer.vocabulary, width=b.width, heads=b.heads, kv_heads=b.kv_heads,
+        head_size=b.width // b.heads, mlp_width=b.mlp_width, rope_theta=b.rope_theta, tied=b.tied,
+    )
+
+
+def _example(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
+    before = tokenizer.encode(prompt, special=False)
+    learned = [*tokenizer.encode(completion, special=False), tokenizer.end_ids[0]]
+    return before + learned, [0] * len(before) + [1] * len(learned)

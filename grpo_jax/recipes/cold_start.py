@@ -1,0 +1,98 @@
+"""The cold start: a few of the model's own right samples, rewritten into the answer format, learned.
+
+The file of samples (JSONL of chats) is made to be read and edited by a person; it is written once and
+then used as it is.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.config import Config, RewardsConfig
+from grpo_jax.data.prompts import build_prompt_set
+from grpo_jax.errors import InputError
+from grpo_jax.metrics import write_atomic
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.loading import LoadedModel
+from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.parallel import shardings
+from grpo_jax.recipes.evaluate import Evaluator
+from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.sft import fine_tune, read_chats, save_model
+from grpo_jax.rewards.scorer import build_scorer
+from grpo_jax.step import StepParts
+from grpo_jax.terminal import Terminal
+from grpo_jax.text import encode_prompt
+
+
+def make_cold_start(
+    config: Config, model: LoadedModel, rows: dict[str, list[dict]], mesh: Mesh, workdir: pathlib.Path, stop: Stop,
+    terminal: Terminal,
+) -> str:
+    """The folder of the model after its cold start, made now or by an earlier start of the same run."""
+    folder = workdir / "cold_start"
+    finished = folder / "model"
+    if finished.is_dir():
+        return str(finished)
+    folder.mkdir(exist_ok=True)
+    chats = folder / "samples.jsonl"
+    if not chats.exists():
+        terminal.say("cold start: sampling the model for right answers")
+        write_samples(config, model, rows["train"], mesh, chats, terminal)
+    sft = config.cold_start.sft
+    examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
+    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    params = jax.device_put(model.params, shardings(model.params, mesh))
+    params = fine_tune(config, sft, module, params, examples, mesh, folder / "sft", stop, terminal, "cold start")
+    return save_model(finished, model, jax.device_get(params))
+
+
+def write_samples(
+    config: Config, model: LoadedModel, rows: list[dict], mesh: Mesh, path: pathlib.Path, terminal: Terminal
+) -> None:
+    """Right samples (their last number is the answer) of the model, one a prompt, as chats in the answer format."""
+    cold = config.cold_start
+    text = dataclasses.replace(config.text, system_prompt=cold.system_prompt or config.text.system_prompt)
+    rewards = RewardsConfig(names=("number",), weights=(1.0,))
+    tokenizer = model.tokenizer
+    token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
+    chosen = rows[: cold.prompts]
+    scorer = build_scorer(rewards, token_bytes, chosen, tokenizer.decode, mesh)
+    prompts = build_prompt_set(
+        chosen, lambda prompt: encode_prompt(prompt, text, tokenizer), config.data.max_prompt_length,
+        lambda given: scorer.columns(np.arange(len(given))),
+    )
+    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype))
+    parts = StepParts(
+        config, module, make_optimizer(config.optim, 1), make_schedule(config.optim, 1), scorer, mesh, tokenizer.end_ids
+    )
+    params = jax.device_put(model.params, shardings(model.params, mesh))
+    evaluator = Evaluator(parts, prompts, scorer, tokenizer)
+    records = evaluator.sample({"params": params}, len(chosen), config.sampler.group_size, 1.0, 1.0, 0)
+    right = [r for r in records if r["right"] and r["ended"]]
+    kept: dict[int, dict] = {}
+    for record in sorted(right, key=lambda r: r["length"]):
+        kept.setdefault(record["problem"], record)
+    lines = [chat(record, config.text.system_prompt) for record in list(kept.values())[: cold.rows]]
+    if not lines:
+        raise InputError(
+            f"config: cold_start.prompts={cold.prompts}: none of {len(records)} samples was right: raise it, or start "
+            "from a stronger model"
+        )
+    terminal.say(f"cold start: {len(right)} of {len(records)} samples right, {len(lines)} prompts kept in {path}")
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def chat(record: dict, system_prompt: str) -> dict:
+    """A right sample as a chat row: what the model said, then its answer in the format to learn."""
+    said = record["completion"].strip()
+    messages = [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": f"{said}\n<answer>{record['answer']}</answer>"},
+    ]
+    return {"messages": messages}

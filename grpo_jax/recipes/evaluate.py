@@ -1,0 +1,155 @@
+"""Held-out evaluation: pass@1 with its interval, format, length, greedy and majority answers."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.data.prompts import PromptSet, make_eval_batches
+from grpo_jax.metrics import Fetcher
+from grpo_jax.parallel import constrain_rows, row_sharding
+from grpo_jax.rewards.scorer import Scorer
+from grpo_jax.rewards.texts import answer_span, last_number
+from grpo_jax.rewards.texts import number as lenient_reward
+from grpo_jax.sampler.sample import sample
+from grpo_jax.sampler.types import Prompts, Rollout
+from grpo_jax.step import EVALUATION, StepParts, noise_key, sampling_variables
+from grpo_jax.text import Tokenizer
+
+BOOTSTRAPS = 2000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Samples held-out problems with the run's own sampler and scores them with its own rewards.
+
+    Attributes:
+      parts: the run's step parts; the scorer is replaced by one over the held-out rows.
+      prompts: the held-out problems.
+      scorer: the rewards over them.
+      tokenizer: turns tokens into text.
+    """
+
+    parts: StepParts
+    prompts: PromptSet
+    scorer: Scorer
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def _scores(self) -> Any:
+        return jax.jit(self.scorer.score_in_graph)
+
+    @functools.cached_property
+    def _samplers(self) -> dict[tuple[int, float, float], Any]:
+        return {}
+
+    def _sampler(self, samples: int, temperature: float, top_p: float) -> Any:
+        """A program (variables, prompts, key) -> rollout; one for each way of sampling."""
+        key = (samples, temperature, top_p)
+        if key not in self._samplers:
+            config = dataclasses.replace(
+                self.parts.config.sampler, group_size=samples, temperature=temperature, top_k=0, top_p=top_p
+            )
+            module = self.parts.module.clone(scanned=False, remat="none")
+
+            def program(variables: Any, prompts: Prompts, noise: jax.Array) -> Rollout:
+                with jax.default_matmul_precision(self.parts.config.model.matmul_precision):
+                    variables = sampling_variables(self.parts, variables)
+                    prompts = constrain_rows(prompts, self.parts.mesh)
+                    rollout = sample(module, variables, prompts, noise, config, self.parts.end_ids)
+                    return constrain_rows(rollout, self.parts.mesh)
+
+            rows = row_sharding(self.parts.mesh)
+            self._samplers[key] = jax.jit(program, out_shardings=rows)
+        return self._samplers[key]
+
+    def sample(
+        self, variables: Any, problems: int, samples: int, temperature: float, top_p: float, step: int
+    ) -> list[dict]:
+        """One record a completion of the first `problems` problems, in order, scored by component."""
+        shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
+        at_once = max(self.parts.config.completions // samples // shards, 1) * shards
+        program = self._sampler(samples, temperature, top_p)
+        noise = noise_key(self.parts.config.seed, EVALUATION, step)
+        fetch, records = Fetcher(), []
+        length = self.parts.config.data.max_prompt_length
+        for batch in make_eval_batches(self.prompts, at_once, length, problems):
+            prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
+            rollout = program(variables, prompts, noise)
+            scores = self.scorer.score_on_host(prompts, rollout, self._scores, fetch)
+            if self.scorer.host is not None and (error := self.scorer.host.take_error()):
+                raise error
+            records += self._records(batch, *fetch((rollout, scores)), samples)
+        return records
+
+    def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int) -> list[dict]:
+        records = []
+        for i in range(len(rollout.lengths)):
+            if rollout.weight[i] == 0:
+                continue
+            row = self.prompts.rows[int(batch.row[i // samples])]
+            text = self.tokenizer.decode(rollout.tokens[i, : rollout.lengths[i]].tolist())
+            values = dict(zip(self.scorer.names, scores.values[i].tolist(), strict=True))
+            records.append({
+                "problem": int(batch.row[i // samples]), "prompt": row["prompt"], "answer": row["answer"],
+                "completion": text, "rewards": values, "right": scores.values[i, 0] >= 1.0,
+                "length": int(rollout.lengths[i]), "ended": bool(rollout.ended[i]),
+            })
+        return records
+
+    def measure(self, variables: Any, problems: int, samples: int, step: int) -> tuple[dict[str, Any], list[dict]]:
+        """pass@1 and what stands beside it at eval.temperature, and the records they come from."""
+        config = self.parts.config.eval
+        records = self.sample(variables, problems, samples, config.temperature, config.top_p, step)
+        return summarise(records), records
+
+    def greedy(self, variables: Any, problems: int, step: int) -> float:
+        """Share of problems that greedy decoding gets right."""
+        return float(np.mean([r["right"] for r in self.sample(variables, problems, 1, 0.0, 1.0, step)]))
+
+
+def summarise(records: Sequence[dict]) -> dict[str, Any]:
+    """pass@1 is the mean over a problem's samples, its interval a bootstrap over problems."""
+    by_problem: dict[int, list[dict]] = collections.defaultdict(list)
+    for record in records:
+        by_problem[record["problem"]].append(record)
+    passed = np.array([np.mean([r["right"] for r in group]) for group in by_problem.values()])
+    found: dict[str, Any] = {
+        "pass@1": float(passed.mean()),
+        "pass@1_ci95": list(bootstrap(passed)),
+        "mean_length": float(np.mean([r["length"] for r in records])),
+        "truncated": float(np.mean([not r["ended"] for r in records])),
+        "problems": len(by_problem),
+        "samples": len(records) // len(by_problem),
+    }
+    formats = [name for name in records[0]["rewards"] if "format" in name]
+    if formats:
+        found["format"] = float(np.mean([r["rewards"][formats[0]] for r in records]))
+    if all(last_number(str(r["answer"])) is not None for r in records):
+        texts, answers = [r["completion"] for r in records], [r["answer"] for r in records]
+        lenient = lenient_reward([r["prompt"] for r in records], texts, answer=answers)
+        found["lenient"] = float(np.mean([value or 0.0 for value in lenient]))
+    if found["samples"] > 2:
+        found["majority"] = float(np.mean([majority_right(group) for group in by_problem.values()]))
+    return found
+
+
+def majority_right(records: Sequence[dict]) -> bool:
+    """Whether the most frequent answer of a problem's completions is right; of equals, the first drawn wins."""
+    answers = [answer_span(r["completion"]) for r in records]
+    counts = collections.Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        return False
+    return counts.most_common(1)[0][0] == str(records[0]["answer"]).strip()
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of the mean over problems drawn again with replacement."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (BOOTSTRAPS, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,373 @@
+"""GRPO from a config to a trained model: load, evaluate, step, evaluate, report.
+
+Read `run` from top to bottom: it is the whole life of a training run.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import Config, config_file, from_dict, load_config_module, parse_duration
+from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch, row_order
+from grpo_jax.data.sources import load_rows
+from grpo_jax.errors import InputError
+from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
+from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.parallel import check_batch, make_mesh, row_sharding, shardings
+from grpo_jax.recipes.base import make_base
+from grpo_jax.recipes.cold_start import make_cold_start
+from grpo_jax.recipes.evaluate import Evaluator
+from grpo_jax.recipes.loop import Loop, Stop, open_workdir
+from grpo_jax.rewards.scorer import build_scorer
+from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
+from grpo_jax.terminal import Terminal
+from grpo_jax.text import Tokenizer, encode_prompt
+
+Rewards = Mapping[str, Callable[..., Any]]
+
+
+def train(
+    config: Any = "arithmetic",
+    dataset: Sequence[dict] | None = None,
+    rewards: Sequence[Callable[..., Any]] | None = None,
+    workdir: str | None = None,
+) -> dict[str, Any]:
+    """Trains by GRPO and returns the run's summary (`before`, `after`, ...), as `grpo-jax train` does.
+
+    Args:
+      config: an experiment's name or file, a ConfigDict, or a Config.
+      dataset: rows with the columns that `config.data` names, in place of `config.data.source`; the
+        last tenth (at least one row) is held out.
+      rewards: functions with TRL's signature, `reward(prompts, completions, **columns) -> list[float]`.
+        Named in `config.rewards.names` they are weighted there; else they are all the rewards there
+        are, with weight 1 each.
+      workdir: folder of the run; `runs/<config name>` when None.
+
+    Raises InputError for bad input.
+    """
+    name = config if isinstance(config, str) else "run"
+    if isinstance(config, str):
+        path = config_file(config)
+        name, config = path.stem, from_dict(load_config_module(path).get_config(), str(path))
+    elif not isinstance(config, Config):
+        config = from_dict(config)
+    functions = {function.__name__: function for function in rewards or ()}
+    if functions and not set(functions) <= set(config.rewards.names):
+        replaced = dataclasses.replace(config.rewards, names=tuple(functions), weights=(1.0,) * len(functions))
+        config = dataclasses.replace(config, rewards=replaced)
+    if dataset is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="memory"))
+    return run(config, pathlib.Path(workdir or f"runs/{name}"), dataset, functions)
+
+
+def run(
+    config: Config, workdir: pathlib.Path, dataset: Sequence[dict] | None = None, rewards: Rewards | None = None,
+    terminal: Terminal | None = None,
+) -> dict[str, Any]:
+    """One run in `workdir`, started or gone on with; returns its summary.
+
+    Raises InputError for bad input and Stopped when it was asked to end before its time.
+    """
+    began = time.perf_counter()
+    terminal = terminal or Terminal()
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    open_workdir(workdir, config)
+    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
+    with Stop(budget) as stop, CompileCounter() as compiles, terminal:
+        rows = {split: read_rows(config, split, dataset) for split in ("train", "eval")}
+        model = starting_model(config, rows, mesh, workdir, stop, terminal)
+        parts, prompts, evaluator = prepare(config, model, rows, mesh, rewards)
+        terminal.announce(
+            config.data.prompts_per_step, config.sampler.group_size, config.train.steps,
+            f"{mesh.size} x {jax.devices()[0].device_kind}",
+        )
+        terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in parameter_table(model.params))
+        session = Session(parts, prompts, evaluator, workdir, stop, terminal, compiles)
+        state = session.train(model)
+        return session.finish(state, time.perf_counter() - began)
+
+
+def read_rows(config: Config, split: str, dataset: Sequence[dict] | None) -> list[dict]:
+    """The rows of a split, from `config.data` or from the rows given in Python."""
+    if dataset is None:
+        if config.data.source == "memory":
+            raise InputError("config: data.source='memory' is for grpo_jax.train(dataset=...): name a source to read")
+        return load_rows(config.data, split, config.seed)
+    columns = (config.data.prompt_column, config.data.answer_column)
+    rows = []
+    for number, row in enumerate(dataset):
+        if columns[0] not in row:
+            raise InputError(f"dataset row {number}: has no column data.prompt_column={columns[0]!r}, only {list(row)}")
+        rows.append({**row, "prompt": row[columns[0]], "answer": row.get(columns[1], "")})
+    held = max(len(rows) // 10, 1)
+    if len(rows) < 2:
+        raise InputError(f"dataset: has {len(rows)} rows; at least 2 are needed, one of them held out")
+    return rows[:-held] if split == "train" else rows[-held:]
+
+
+def starting_model(
+    config: Config, rows: dict[str, list[dict]], mesh: Mesh, workdir: pathlib.Path, stop: Stop, terminal: Terminal
+) -> LoadedModel:
+    """The model that GRPO starts from: as loaded, or made in the run, or after its cold start."""
+    path = config.model.path or make_base(config, rows["eval"], mesh, workdir / "base", stop, terminal)
+    model = with_end_tokens(load_model(path), config)
+    if not config.cold_start.enabled:
+        return model
+    return with_end_tokens(load_model(make_cold_start(config, model, rows, mesh, workdir, stop, terminal)), config)
+
+
+def with_end_tokens(model: LoadedModel, config: Config) -> LoadedModel:
+    """The model with `text.end_tokens`; raises InputError when nothing would ever end a completion."""
+    tokenizer = model.tokenizer.with_end_tokens(config.text.end_tokens)
+    if not tokenizer.end_ids:
+        raise InputError(f"{model.source}: names no end token: set text.end_tokens")
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def prepare(
+    config: Config, model: LoadedModel, rows: dict[str, list[dict]], mesh: Mesh, rewards: Rewards | None = None
+) -> tuple[StepParts, PromptSet, Evaluator]:
+    """Everything that a step needs, checked: prompts within their budget, rewards that exist, answers that are there."""
+    tokenizer = model.tokenizer
+    token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
+    scorers, sets = {}, {}
+    for split in ("train", "eval"):
+        scorer = build_scorer(
+            config.rewards, token_bytes, rows[split], tokenizer.decode, mesh, dict(rewards) if rewards else None
+        )
+        scorers[split] = scorer
+        sets[split] = build_prompt_set(
+            rows[split], lambda prompt: encode_prompt(prompt, config.text, tokenizer), config.data.max_prompt_length,
+            lambda given, scorer=scorer: scorer.columns(np.arange(len(given))),
+        )
+    updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
+    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    parts = StepParts(
+        config, module, make_optimizer(config.optim, updates), make_schedule(config.optim, updates),
+        scorers["train"], mesh, tokenizer.end_ids,
+    )
+    return parts, sets["train"], Evaluator(parts, sets["eval"], scorers["eval"], tokenizer)
+
+
+def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
+    """The state at step 0: parameters on the mesh in `model.param_dtype`."""
+    dtype = jnp.dtype(parts.config.model.param_dtype)
+    layout = shardings(model.params, parts.mesh)
+    params = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), model.params, layout)
+    return init_state(parts, {"params": params})
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """A run under way: what it reads, where it writes."""
+
+    parts: StepParts
+    prompts: PromptSet
+    evaluator: Evaluator
+    workdir: pathlib.Path
+    stop: Stop
+    terminal: Terminal
+    compiles: CompileCounter
+    fetch: Fetcher = dataclasses.field(default_factory=Fetcher)
+    best: float = float("-inf")
+    host_seconds: float = 0.0
+    halted: str = ""
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.parts.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.evaluator.tokenizer
+
+    def batch(self, step: int) -> Any:
+        """The prompts of a step: a function of the seed and the step alone."""
+        data, count = self.config.data, self.config.data.prompts_per_step
+        batch = make_batch(
+            self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length
+        )
+        return jax.device_put(batch, row_sharding(self.parts.mesh))
+
+    def train(self, model: LoadedModel) -> TrainState:
+        """From the newest checkpoint, or from the start, to the last step."""
+        config, total = self.config, self.config.train.steps
+        state = initial_state(self.parts, model)
+        program = Program(self.parts, state)
+        with Checkpoints(self.workdir / "checkpoints", config.checkpoint.keep, self.terminal.warn) as checkpoints:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            restored = checkpoints.restore(abstract)
+            first = restored[2] if restored else 0
+            if restored:
+                state = restored[0]
+                self.terminal.say(f"going on after step {first} of {total}")
+                lines = read_jsonl(self.workdir / "metrics.jsonl")
+                self.best = max((x.get("eval/pass@1", self.best) for x in lines if x["step"] <= first), default=self.best)
+            self.measure_once("before", state, first)
+            with RunWriter(self.workdir, config.log, first or None, dataclasses.asdict(config)) as writer:
+                if first < total:
+                    with self.terminal.compiling("the step"):
+                        program.compile(state, self.batch(first))
+                loop = Loop(
+                    total, program, self.batch, Recorder(self, writer, program), checkpoints, config.checkpoint.every,
+                    self.stop, self.evaluate, lambda done: config.eval.every > 0 and done % config.eval.every == 0,
+                )
+                return loop.run(state, first)
+
+    def measure_once(self, name: str, state: TrainState, step: int) -> dict[str, Any]:
+        """The held-out scores of the `before` or `after` table, read from their file when they are there."""
+        path = self.workdir / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        config = self.config.eval
+        self.terminal.say(f"evaluating {name} training on held-out problems")
+        variables = {**state.frozen, **state.trainable}
+        samples = max(config.samples, config.majority)
+        found, records = self.evaluator.measure(variables, config.final_problems, samples, step)
+        found["greedy"] = self.evaluator.greedy(variables, config.final_problems, step)
+        if config.majority == 0:
+            found.pop("majority", None)
+        with open(self.workdir / f"{name}.samples.jsonl", "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({**record, "right": bool(record["right"])}, ensure_ascii=False) + "\n")
+        write_json_atomic(path, found)
+        return found
+
+    def evaluate(self, done: int, state: TrainState) -> dict[str, float]:
+        """Held-out scores during training; warns when pass@1 falls below its best."""
+        config = self.config.eval
+        found, _ = self.evaluator.measure({**state.frozen, **state.trainable}, config.problems, config.samples, done)
+        score = found["pass@1"]
+        if score < self.best - config.alarm_drop:
+            self.terminal.warn(
+                f"held-out pass@1 fell to {score:.3f} after step {done}, from its best {self.best:.3f}: the best "
+                "checkpoint is kept; a lower optim.lr or an objective.beta above 0 often helps"
+            )
+        self.best = max(self.best, score)
+        names = {"pass@1": "eval/pass@1", "format": "eval/format", "mean_length": "eval/length", "lenient": "eval/lenient"}
+        return {label: found[name] for name, label in names.items() if name in found}
+
+    def finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
+        """After-training scores, summary.json, report.html and what the terminal shows of them."""
+        before, after = (self.measure_once(name, state, self.config.train.steps) for name in ("before", "after"))
+        summary = {
+            "before": before, "after": after, "seconds_total": seconds, "compiles": self.compiles.compiles,
+            "seed": self.config.seed, "versions": versions(), "device": jax.devices()[0].device_kind,
+            "devices": self.parts.mesh.size, "platform": platform.platform(),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_json_atomic(self.workdir / "summary.json", summary)
+        from grpo_jax.report import write_report  # here: matplotlib takes a second
+
+        report = write_report(self.workdir)
+        self.terminal.before_after_table(before, after)
+        self.terminal.samples(self.some_samples())
+        self.terminal.say(f"{seconds:.0f} s in all; report: {report}")
+        return summary
+
+    def some_samples(self) -> list[dict]:
+        """Three completions of the trained model on held-out problems."""
+        path = self.workdir / "after.samples.jsonl"
+        records = read_jsonl(path) if path.exists() else []
+        weights = dict(zip(self.parts.scorer.names, self.parts.scorer.weights, strict=True))
+        for record in records:
+            record["total"] = sum(weights[name] * value for name, value in record["rewards"].items())
+        return records[:: max(len(records) // 3, 1)][:3]
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Turns what a step leaves on the device into lines of metrics.jsonl and samples.jsonl."""
+
+    session: Session
+    writer: RunWriter
+    program: Program
+
+    def __call__(self, done: int, metrics: Metrics, rollout: Any, found: dict[str, float], seconds: float) -> None:
+        """Writes step `done`; raises InputError when a host reward failed."""
+        s, config = self.session, self.session.config
+        host = s.parts.scorer.host
+        fetched: Metrics = s.fetch(metrics)
+        if host is not None and (error := host.take_error()):
+            raise error
+        line = divide(fetched.means)
+        tokens = line.pop("tokens")
+        line |= found | {
+            "seconds/step": seconds, "tokens_per_second": tokens / seconds, "compiles": s.compiles.compiles,
+            "seconds/rewards": 0.0 if host is None else host.seconds - s.host_seconds,
+        }
+        line |= {f"seconds/{name}": value for name, value in self.program.seconds.items()}
+        s.host_seconds = 0.0 if host is None else host.seconds
+        self.writer.step(done, line)
+        s.terminal.step(done, config.train.steps, line)
+        if line["skipped"]:
+            self.dump(done, fetched, rollout)
+        if config.log.samples_every and done % config.log.samples_every == 0:
+            self.writer.samples(done, sample_rows(s, s.fetch(rollout), config.log.samples))
+
+    def dump(self, done: int, metrics: Metrics, rollout: Any) -> None:
+        """Keeps the batch of an update that was not finite, says where it began, and stops after too many."""
+        s = self.session
+        leaves = jax.tree_util.tree_flatten_with_path(s.fetch(rollout))[0]
+        folder = s.workdir / "nonfinite"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{done}.npz"
+        np.savez(path, **{jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves})
+        names = [path for path, flag in zip(self.program.paths, metrics.nonfinite, strict=True) if flag]
+        where = f"first in the gradient of {names[0]}" if names else "in the loss"
+        s.terminal.warn(f"step {done}: an update was not finite ({where}) and was skipped; its batch is in {path}")
+        limit = s.config.train.halt_when_nonfinite
+        if limit and int(metrics.skipped_in_row) >= limit:
+            raise InputError(
+                f"{s.workdir}: {int(metrics.skipped_in_row)} updates in a row were not finite, the last at step {done}; "
+                f"the checkpoints before are kept: lower optim.lr={s.config.optim.lr}, or see {path}"
+            )
+
+
+def sample_rows(session: Session, rollout: Any, count: int) -> list[dict]:
+    """The first completions of a fetched rollout as rows of samples.jsonl, spread over its groups."""
+    scorer, rows = session.parts.scorer, []
+    total = np.asarray(scorer.total(rollout.scores))
+    size = session.prompts.size
+    data = session.config.data
+    order = row_order(np.asarray(rollout.draw, np.int64), size, session.config.seed, data.shuffle)
+    for i in range(0, len(total), max(len(total) // count, 1))[:count] if count else ():
+        row = session.prompts.rows[int(order[i])]
+        length = int(rollout.lengths[i])
+        rows.append({
+            "draw": int(rollout.draw[i]), "prompt": row["prompt"],
+            "completion": session.tokenizer.decode(rollout.tokens[i, :length].tolist()), "answer": row["answer"],
+            "rewards": dict(zip(scorer.names, rollout.scores.values[i].tolist(), strict=True)),
+            "total": float(total[i]), "advantage": float(rollout.advantages[i, 0]), "length": length,
+            "ended": bool(rollout.ended[i]),
+        })
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    names = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

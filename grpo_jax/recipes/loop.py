@@ -1,0 +1,156 @@
+"""The loop that all training recipes share: step, record, evaluate, save, stop, resume.
+
+The host is always one step behind: the numbers of step N are read after step N + 1 was handed to the
+device, so that neither waits for the other.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import Config, to_json
+from grpo_jax.errors import InputError
+from grpo_jax.metrics import write_atomic
+
+MAY_CHANGE = ("train.time_budget", "log.", "checkpoint.every", "checkpoint.keep", "eval.alarm_drop")
+
+
+class Stop:
+    """Whether the run was asked to end: by SIGTERM or SIGINT, or because its time is up."""
+
+    def __init__(self, seconds: float | None):
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._signal: int | None = None
+        self._earlier: dict[int, Any] = {}
+        self._slowest = 0.0
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._earlier[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def reason(self, step_seconds: float = 0.0) -> str | None:
+        """Why to stop now, or None; a run stops when a step as slow as the slowest so far would end too late."""
+        self._slowest = max(self._slowest, step_seconds)
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        if self._deadline is not None and time.monotonic() + self._slowest > self._deadline:
+            return "the time budget"
+        return None
+
+
+class Stopped(Exception):
+    """The run was asked to end and has saved all it needs to go on."""
+
+
+def open_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Makes the folder of a run, or takes up the run that is in it.
+
+    Raises InputError when it holds something else, or a run with another config.
+    """
+    path = workdir / "config.json"
+    text = to_json(config) + "\n"
+    if not path.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise InputError(f"--workdir {workdir}: holds files but no config.json, so no run to go on with: name another")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}): name another --workdir") from error
+    old, new = _flat(held), _flat(json.loads(text))
+    for name in [*new, *(n for n in old if n not in new)]:
+        if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
+            raise InputError(
+                f"--workdir {workdir}: holds a run with {name}={old.get(name)!r}, this one has {new.get(name)!r}: "
+                "name another --workdir, or use the same config to go on"
+            )
+    write_atomic(path, text)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {name: value for key, child in tree.items() for name, value in _flat(child, f"{prefix}{key}.").items()}
+
+
+@dataclasses.dataclass
+class Loop:
+    """One training loop.
+
+    Attributes:
+      steps: steps of the whole run.
+      program: (state, batch) -> (state, metrics, details), compiled, state donated.
+      batch: the batch of a step, on the devices.
+      record: writes step `done` (1 for the first) given device metrics, details, evaluation and seconds.
+      checkpoints: where states go.
+      save_every: steps between checkpoints; 0: only at the end.
+      stop: when to end early.
+      evaluate: numbers of a state, called after the steps for which `evaluate_at` holds.
+      evaluate_at: which steps those are.
+      score: name of the evaluation that makes a checkpoint the best one.
+    """
+
+    steps: int
+    program: Callable[[Any, Any], tuple[Any, Any, Any]]
+    batch: Callable[[int], Any]
+    record: Callable[[int, Any, Any, dict[str, float], float], None]
+    checkpoints: Checkpoints
+    save_every: int
+    stop: Stop
+    evaluate: Callable[[int, Any], dict[str, float]] = lambda step, state: {}
+    evaluate_at: Callable[[int], bool] = lambda step: False
+    score: str = "eval/pass@1"
+
+    def run(self, state: Any, first: int) -> Any:
+        """The state after the last step; raises Stopped after saving when the run is asked to end."""
+        waiting: tuple[int, Any, Any] | None = None
+        mark = time.perf_counter()
+        for step in range(first, self.steps):
+            with jax.profiler.StepTraceAnnotation("step", step_num=step), jax.transfer_guard("disallow"):
+                state, metrics, details = self.program(state, self.batch(step))
+            if waiting is not None:
+                seconds, mark = self._seconds(waiting[1], mark)
+                self.record(*waiting, {}, seconds)
+            done, waiting = step + 1, (step + 1, metrics, details)
+            last = done == self.steps
+            evaluate = self.evaluate_at(done)
+            reason = self.stop.reason(time.perf_counter() - mark)
+            if last or evaluate or reason or (self.save_every > 0 and done % self.save_every == 0):
+                seconds, mark = self._seconds(metrics, mark)
+                found = self.evaluate(done, state) if evaluate else {}
+                self.record(*waiting, found, seconds)
+                waiting = None
+                self.checkpoints.save(done, state, {"step": done}, found.get(self.score))
+                mark = time.perf_counter()
+            if reason and not last:
+                self.checkpoints.wait()
+                raise Stopped(f"stopped by {reason} after step {done} of {self.steps}; saved")
+        self.checkpoints.wait()
+        return state
+
+    def _seconds(self, metrics: Any, mark: float) -> tuple[float, float]:
+        """Seconds from `mark` until the metrics are there, and the new mark."""
+        jax.block_until_ready(metrics)
+        now = time.perf_counter()
+        return now - mark, now

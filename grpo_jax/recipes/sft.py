@@ -1,0 +1,205 @@
+"""Supervised fine-tuning: next-token cross-entropy on assistant tokens only."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import Config, LogConfig, OptimConfig, SftConfig, TextConfig, parse_duration
+from grpo_jax.data.prompts import row_order
+from grpo_jax.errors import InputError
+from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.huggingface import write_folder
+from grpo_jax.models.loading import LoadedModel, load_model
+from grpo_jax.ops.logprobs import token_logps
+from grpo_jax.ops.masked import safe_divide
+from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.parallel import make_mesh, replicated, row_sharding, shardings
+from grpo_jax.recipes.loop import Loop, Stop, open_workdir
+from grpo_jax.terminal import Terminal
+from grpo_jax.text import Tokenizer, encode_chat
+
+Example = tuple[list[int], list[int]]  # token ids, and 1 where the loss counts
+
+
+@flax.struct.dataclass
+class SftState:
+    """Parameters and optimizer state."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class SftBatch:
+    """Rows padded on the right; `mask` is 1 on the tokens that are learned."""
+
+    tokens: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+    mask: Float[Array, "B S"]
+
+
+def read_chats(path: str, config: TextConfig, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Examples of a JSONL file of {'messages': [...]} or {'prompt', 'completion'} rows.
+
+    Raises InputError naming file, row and fix: no such file, no rows, other columns, rows that are too long.
+    """
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"sft.path={path!r}: no such file; give a JSONL file of chats")
+    examples = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        if "messages" in row:
+            messages = row["messages"]
+        elif {"prompt", "completion"} <= row.keys():
+            messages = [
+                {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]},
+            ]
+        else:
+            raise InputError(f"{path}: row {number} has {sorted(row)}, not 'messages' nor 'prompt' and 'completion'")
+        ids, mask = encode_chat(messages, config, tokenizer)
+        if not any(mask):
+            raise InputError(f"{path}: row {number} has no assistant message to learn from")
+        if len(ids) > max_length:
+            raise InputError(f"{path}: row {number} has {len(ids)} tokens, more than max_length={max_length}")
+        examples.append((ids, mask))
+    if not examples:
+        raise InputError(f"sft.path={path!r}: has no rows")
+    return examples
+
+
+def make_sft_batch(examples: Sequence[Example], rows: Sequence[int] | np.ndarray, length: int) -> SftBatch:
+    """The rows as numpy arrays [B, length]."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros((len(rows), length), np.float32)
+    for place, row in enumerate(rows):
+        ids, counted = examples[row]
+        tokens[place, : len(ids)], mask[place, : len(ids)] = ids, counted
+    lengths = np.array([len(examples[row][0]) for row in rows], np.int32)
+    return SftBatch(tokens=tokens, lengths=lengths, mask=mask)  # pyright: ignore[reportArgumentType]
+
+
+def sft_loss(module: nn.Module, params: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
+    """Mean over counted tokens of -log p(token | tokens before it)."""
+    length = batch.tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
+    segments = (positions < batch.lengths[:, None]).astype(jnp.int32)
+    hidden = module.apply({"params": params}, batch.tokens, positions, segments)
+
+    def unembed(hidden: Array) -> Array:
+        return module.apply({"params": params}, hidden, method="logits")
+
+    logps, _ = token_logps(hidden[:, :-1], unembed, batch.tokens[:, 1:], 1.0, chunk)
+    mask = batch.mask[:, 1:]
+    total, count = -jnp.sum(logps * mask), jnp.sum(mask)
+    return safe_divide(total, count), {"sft/loss": (total, count)}
+
+
+def sft_optim(config: SftConfig) -> OptimConfig:
+    """AdamW, a warm-up of a twentieth, then a cosine to a tenth of the peak."""
+    return OptimConfig(lr=config.lr, schedule="cosine", warmup_steps=config.steps // 20, final_lr_fraction=0.1)
+
+
+def fine_tune(
+    config: Config, sft: SftConfig, module: nn.Module, params: Any, examples: Sequence[Example], mesh: Mesh,
+    workdir: pathlib.Path, stop: Stop, terminal: Terminal, name: str,
+) -> Any:
+    """Parameters after `sft.steps` steps from `params`; checkpoints and metrics lie in `workdir`."""
+    optimizer = make_optimizer(sft_optim(sft), sft.steps)
+    schedule = make_schedule(sft_optim(sft), sft.steps)
+
+    def make(params: Any) -> SftState:
+        return SftState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    layout = shardings(jax.eval_shape(make, params), mesh)
+
+    def step(state: SftState, batch: SftBatch) -> tuple[SftState, dict[str, Mean], None]:
+        with jax.default_matmul_precision(config.model.matmul_precision):
+            gradient, means = jax.grad(
+                lambda p: sft_loss(module, p, batch, config.model.logits_chunk), has_aux=True
+            )(state.params)
+            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        means |= {"grad_norm": (optax.global_norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
+        new = SftState(step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+        return new, means, None
+
+    rows = row_sharding(mesh)
+    program = jax.jit(
+        step, in_shardings=(layout, rows), out_shardings=(layout, replicated(mesh), None), donate_argnums=0
+    )
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make, params), layout
+    )
+
+    def batch(step: int) -> SftBatch:
+        draws = step * sft.batch_size + np.arange(sft.batch_size)
+        chosen = row_order(draws, len(examples), config.seed, True)
+        return jax.device_put(make_sft_batch(examples, chosen, sft.max_length), rows)
+
+    with Checkpoints(workdir / "checkpoints", 1, terminal.warn) as checkpoints:
+        restored = checkpoints.restore(abstract)
+        first = restored[2] if restored else 0
+        state = restored[0] if restored else jax.jit(make, out_shardings=layout)(params)
+        if first == sft.steps:
+            return state.params
+        with terminal.compiling(name):
+            compiled = program.lower(abstract, batch(first)).compile()
+        fetch = Fetcher()
+        with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
+
+            def record(done: int, metrics: Any, _: Any, found: dict[str, float], seconds: float) -> None:
+                line = divide(fetch(metrics)) | {"seconds/step": seconds}
+                writer.step(done, line)
+                terminal.step(done, sft.steps, line)
+
+            loop = Loop(sft.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop)
+            state = loop.run(state, first)
+        terminal.end_steps()
+        return state.params
+
+
+def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
+    """`grpo-jax sft`: fine-tunes `model.path` on `sft.path`; returns the folder of the result.
+
+    Raises InputError for bad input and Stopped when it was asked to end before its time.
+    """
+    terminal = terminal or Terminal()
+    if not config.model.path:
+        raise InputError("config: model.path='' names no model to fine-tune")
+    mesh = make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.sft.batch_size % shards:
+        raise InputError(f"config: sft.batch_size={config.sft.batch_size} must divide by the {shards} devices")
+    model = load_model(config.model.path)
+    tokenizer = model.tokenizer.with_end_tokens(config.text.end_tokens)
+    examples = read_chats(config.sft.path, config.text, tokenizer, config.sft.max_length)
+    open_workdir(workdir, config)
+    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
+    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    terminal.say(f"{len(examples)} examples, {config.sft.batch_size} a step, {config.sft.steps} steps")
+    with Stop(budget) as stop, terminal:
+        params = jax.device_put(model.params, shardings(model.params, mesh))
+        params = fine_tune(config, config.sft, module, params, examples, mesh, workdir, stop, terminal, "sft")
+    return save_model(workdir / "model", dataclasses.replace(model, tokenizer=tokenizer), jax.device_get(params))
+
+
+def save_model(folder: pathlib.Path, model: LoadedModel, params: Any) -> str:
+    """Writes a Hugging Face folder that is there whole or not at all; a finished one is left as it is."""
+    if not folder.is_dir():
+        making = folder.with_name(f"{folder.name}.making")
+        shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one
+        write_folder(str(making), model.architecture, params, model.tokenizer)
+        making.rename(folder)
+    return str(folder)
