@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: makes a virtual environment, installs this checkout, runs `grpo-jax train`.
+# Trains on all GPUs of this machine, in one process: makes a virtual environment, installs this checkout, runs `grpo-jax train`.
 # The same command again goes on where the run stopped.
 set -euo pipefail
 
@@ -12,8 +12,6 @@ usage: launch/gpu.sh [flags] [-- train flags]
   --venv DIR        virtual environment, made when absent (default: .venv-gpu in the checkout)
   --python PYTHON   what it is made with, 3.11 or newer (default: python3)
   --cuda 12|13      major version of CUDA that the NVIDIA driver can run (default: 12)
-  --processes N     processes, each with one GPU, joined by jax.distributed (default: 1 process with all GPUs)
-  --port PORT       where those processes meet (default: 8476)
   --dry_run         print the commands instead of running them
   --help            this text
 
@@ -44,7 +42,7 @@ run() {
 }
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-config="arithmetic" workdir="" venv="$checkout/.venv-gpu" python="python3" cuda="12" processes="1" port="8476" dry_run=""
+config="arithmetic" workdir="" venv="$checkout/.venv-gpu" python="python3" cuda="12" dry_run=""
 train_flags=()
 while [[ $# -gt 0 ]]; do
   flag="${1%%=*}"
@@ -54,7 +52,7 @@ while [[ $# -gt 0 ]]; do
       dry_run=1
       shift
       ;;
-    --config | --workdir | --venv | --python | --cuda | --processes | --port)
+    --config | --workdir | --venv | --python | --cuda)
       if [[ "$1" == *=* ]]; then
         value="${1#*=}"
         shift
@@ -76,8 +74,6 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 [[ "$cuda" == 12 || "$cuda" == 13 ]] || fail "--cuda $cuda is neither 12 nor 13"
-[[ "$processes" =~ ^[1-9][0-9]*$ ]] || fail "--processes $processes is not a positive number"
-[[ "$port" =~ ^[1-9][0-9]*$ ]] || fail "--port $port is not a positive number"
 
 install() {
   if [[ -n "$dry_run" ]]; then echo "# only when $venv does not exist:"; fi
@@ -85,48 +81,10 @@ install() {
   run "$venv/bin/python" -m pip install --quiet "${checkout}[cuda$cuda]"
 }
 
-start_processes() {
-  local i
-  for ((i = 0; i < processes; i++)); do
-    local environment=(
-      "CUDA_VISIBLE_DEVICES=$i" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i"
-    )
-    echo "$(show env "${environment[@]}" "${command[@]}") &"
-    if [[ -z "$dry_run" ]]; then
-      env "${environment[@]}" "${command[@]}" &
-      pids+=("$!")
-    fi
-  done
-}
-
-# When one process fails, or this script is told to stop, all are told to stop (and save). The exit status is that of
-# the first that failed.
-wait_for_processes() {
-  local left="${#pids[@]}" status=0 code
-  trap 'told_to_stop=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
-  while [[ "$left" -gt 0 ]]; do
-    code=0 told_to_stop=""
-    wait -n || code=$?
-    if [[ -n "$told_to_stop" ]]; then continue; fi # the signal ended `wait`, no process did
-    left=$((left - 1))
-    if [[ "$code" -ne 0 && "$status" -eq 0 ]]; then
-      status="$code"
-      kill -TERM "${pids[@]}" 2>/dev/null || true
-    fi
-  done
-  exit "$status"
-}
-
 command=("$venv/bin/grpo-jax" train --config "$config")
 if [[ -n "$workdir" ]]; then command+=(--workdir "$workdir"); fi
 command+=(${train_flags[@]+"${train_flags[@]}"})
 
 install
-if [[ "$processes" -gt 1 ]]; then
-  pids=()
-  start_processes
-  wait_for_processes
-else
-  show "${command[@]}"
-  if [[ -z "$dry_run" ]]; then exec "${command[@]}"; fi
-fi
+show "${command[@]}"
+if [[ -z "$dry_run" ]]; then exec "${command[@]}"; fi

@@ -9,7 +9,7 @@ usage: launch/tpu_vm.sh --name NAME --zone ZONE --type TYPE --workdir gs://BUCKE
 
   --name NAME      name of the queued resource and of its TPU VM
   --zone ZONE      such as us-west4-a
-  --type TYPE      accelerator type, such as v5litepod-8, v5p-16, v6e-8
+  --type TYPE      accelerator type of one host, such as v5litepod-8, v5p-8, v6e-4 (at most -8)
   --workdir URL    gs://BUCKET/FOLDER of the run; a VM's own disk is lost with the VM. The bucket is mounted on
                    every host; one with a hierarchical namespace renames folders at once, as checkpoints want
   --config CONFIG  named config, or path of one inside the checkout (default: arithmetic)
@@ -79,6 +79,10 @@ for flag in name zone type workdir; do
 done
 [[ "$workdir" =~ ^gs://([a-z0-9][a-z0-9._-]+)/(.+)$ ]] || fail "--workdir $workdir is not gs://BUCKET/FOLDER"
 bucket="${BASH_REMATCH[1]}" folder="${BASH_REMATCH[2]%/}"
+[[ "$type" =~ -([0-9]+)$ ]] || fail "--type $type does not end in a size, such as -8"
+# Every generation has hosts of up to 8 cores or chips. `grpo-jax train` does not join hosts yet: each would train
+# alone, into one folder.
+[[ "${BASH_REMATCH[1]}" -le 8 ]] || fail "--type $type has several hosts, training runs on one so far: take -8 or less"
 
 if [[ -z "$version" ]]; then
   case "$type" in
