@@ -118,6 +118,8 @@ class HuggingFaceBackend:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
+        tokenizer.no_truncation()  # a tokenizer.json may bring limits of its own, which cut in silence
+        tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         special = {i: token for i, token in added.items() if token.special}
@@ -131,6 +133,8 @@ class HuggingFaceBackend:
         for piece, i in vocabulary.items():
             self.pieces[i] = piece
         layout = json.loads(tokenizer.to_str())
+        if layout["model"].get("dropout"):
+            raise InputError(f"tokenizer.json: model.dropout={layout['model']['dropout']} is random: set it null")
         self._decoders = _types(layout["decoder"])
         unknown = layout["model"].get("unk_token")
         spells_all = "ByteLevel" in self._decoders or layout["model"].get("byte_fallback")
@@ -149,7 +153,7 @@ class HuggingFaceBackend:
 
     def first_added(self) -> int | None:
         """The id that the post-processor puts first."""
-        bare, full = self.encode("a", False), self._plain.encode("a", add_special_tokens=True).ids
+        bare, full = self.encode("a", True), self._tokenizer.encode("a", add_special_tokens=True).ids
         return full[0] if len(full) > len(bare) and full[:1] != bare[:1] else None
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
@@ -231,7 +235,7 @@ class Tokenizer:
         ids = []
         for piece in pieces:
             found = self.encode(piece) if self.id_of(piece) is None else [self._ids[piece]]
-            if len(found) != 1:
+            if len(found) != 1 or found[0] == self.backend.unknown_id:
                 near = difflib.get_close_matches(piece, self.backend.specials, n=3, cutoff=0.4)
                 near = near or difflib.get_close_matches(piece, self._ids, n=3)
                 hint = f"; nearest are {', '.join(map(repr, near))}" if near else ""
@@ -317,7 +321,7 @@ class Tokenizer:
 
         eos, pad, bos = number("eos"), number("padding"), number("bos")
         ends = tuple(dict.fromkeys(i for i in (eos, number("eot")) if i is not None))
-        template = metadata.get("tokenizer.chat_template")
+        template = _template_text(metadata.get("tokenizer.chat_template"), source)
         pad = pad if pad is not None else ends[0] if ends else 0
         return cls(backend, ends, pad, bos, eos, bool(fields.get("add_bos_token", False)) and bos is not None, template)
 
@@ -331,7 +335,7 @@ def _with_settings(
     def special(name: str) -> int | None:
         value = settings.get(name)
         value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and value not in ids:
+        if value is not None and (not isinstance(value, str) or value not in ids):
             raise InputError(f"{source}: {name}={value!r} is not in the vocabulary: mend it")
         return None if value is None else ids[value]
 
@@ -346,11 +350,18 @@ def _with_settings(
     beside = pathlib.Path(source).parent / "chat_template.jinja"
     if template is None and beside.exists():
         template = beside.read_text("utf-8")
-    if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default")
+    if isinstance(template, list):  # named ones, of which "default" is for chats
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+    template = _template_text(template, source)
     bos = special("bos_token")
     pad = pad if pad is not None else ends[0] if ends else 0
     return Tokenizer(backend, ends, pad, bos, eos, add_bos and bos is not None, template)
+
+
+def _template_text(template: Any, source: str) -> str | None:
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{source}: chat_template={str(template)[:40]!r} is not text: mend it")
+    return template
 
 
 def _byte_level(*before: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
@@ -539,17 +550,17 @@ def _mapped(node: Any, change: Callable[[str], str]) -> Any:
 
 def _encode(text: str, hidden: dict[str, str], tokenizer: Tokenizer) -> list[int]:
     """Ids of a rendered text: the template's special tokens as such, hidden ones as the text they were."""
-    backend = tokenizer.backend
+    backend, ids = tokenizer.backend, []
+    back = {ord(mark): name for mark, name in hidden.items()}
     if not hidden or backend.special_pattern is None:
         ids = tokenizer.encode(text)
     else:
-        ids = []
-        back = {ord(mark): name for mark, name in hidden.items()}
         for part, marked in _split(backend.special_pattern, text):
             ids += [backend.specials[part]] if marked else tokenizer.encode(part.translate(back), special=False)
     if backend.unknown_id is not None and backend.unknown_id in ids:
-        lost = sorted(c for c in set(text) if backend.unknown_id in tokenizer.encode(c, special=False))
-        raise InputError(f"text {text[:60]!r}: the tokenizer cannot spell {''.join(lost)!r}: leave it out of the data")
+        plain = backend.special_pattern.sub("", text) if backend.special_pattern else text
+        lost = sorted(c for c in set(plain.translate(back)) if backend.unknown_id in tokenizer.encode(c, special=False))
+        raise InputError(f"text {plain[:60]!r}: the tokenizer cannot spell {''.join(lost)!r}: leave it out of the data")
     return ids
 
 
@@ -562,11 +573,11 @@ def _template(name: str, tokenizer: Tokenizer) -> Draw:
     elif name in ("plain", "r1_zero"):
         source = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
     elif name.endswith(".jinja"):
-        source = _read(name).decode()
+        source = _read(name).decode(errors="replace")
     else:
         raise InputError(f"text.template={name!r} is not plain, r1_zero, chat or a .jinja file: use one of them")
     try:
-        template = _environment().from_string(source)
+        template = _compiled(source)
     except jinja2.TemplateError as error:
         raise InputError(f"text.template={name!r} is no jinja template ({error}): mend it") from None
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
@@ -592,9 +603,9 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up, in the sandbox."""
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    """The template, compiled once for all prompts: Jinja as transformers sets it up, in the sandbox."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -608,7 +619,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+    return environment.from_string(source)
 
 
 def train_sentencepiece(sentences: Iterable[str], vocabulary: int, symbols: tuple[str, ...], path: str) -> None:

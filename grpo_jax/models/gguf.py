@@ -286,6 +286,8 @@ def _architecture(gguf: GGUF) -> Architecture:
         return float(str(np.float32(value)))  # stored as float32: 9.99999974e-06 is meant as 1e-05
 
     layers, width, heads = positive("block_count"), positive("embedding_length"), positive("attention.head_count")
+    if layers > len(gguf.tensors):  # before a list of so many layers is made
+        raise InputError(f"{gguf.path}: llama.block_count={layers} exceeds {len(gguf.tensors)} tensors: {DAMAGED}")
     head_size = positive("attention.key_length", width // heads)
     sizes = dict(
         width=width,
@@ -315,6 +317,4 @@ def _checked(a: Architecture, gguf: GGUF) -> Architecture:
         raise InputError(f"{gguf.path}: llama.attention.head_count={a.heads} must divide by head_count_kv={a.kv_heads}")
     if a.head_size % 2:
         raise InputError(f"{gguf.path}: head size {a.head_size} must be even (rotary): {DAMAGED}")
-    if a.layers > len(gguf.tensors):
-        raise InputError(f"{gguf.path}: llama.block_count={a.layers} exceeds {len(gguf.tensors)} tensors: {DAMAGED}")
     return a

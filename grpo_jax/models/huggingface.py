@@ -30,6 +30,7 @@ NAMES = {
     "mlp/down/kernel": "model.layers.{layer}.mlp.down_proj.weight",
 }
 DTYPES = ("F32", "F16", "BF16")
+MOST_LAYERS = 10_000
 
 # Fields of config.json that say nothing about the computation.
 IGNORED = frozenset(
@@ -105,6 +106,8 @@ def read_config(path: str) -> Architecture:
         norm_eps=number("rms_norm_eps", 1e-6, float),
     )
     layers, tied = number("num_hidden_layers"), fields.pop("tie_word_embeddings", False)
+    if layers > MOST_LAYERS:  # before a list of so many layers is made
+        raise InputError(f"{path}: num_hidden_layers={layers} is more than {MOST_LAYERS}: mend config.json")
     if not isinstance(tied, bool):
         raise InputError(f"{path}: tie_word_embeddings={tied!r} must be true or false: mend config.json")
     if heads % sizes["kv_heads"] or sizes["head_size"] % 2:
