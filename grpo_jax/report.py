@@ -27,7 +27,12 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
     (
         "Held-out problems",
         "shares of the evaluation set, never trained on",
-        (("eval/pass@1", "pass@1"), ("eval/greedy", "greedy"), ("eval/format", "format")),
+        (
+            ("eval/pass@1", "pass@1"),
+            ("eval/lenient", "lenient"),
+            ("eval/greedy", "greedy"),
+            ("eval/format", "format"),
+        ),
         "exact",
     ),
     ("Solve rate", "share of sampled completions that are right", (("solve_rate", "solve rate"),), "mean"),
@@ -49,7 +54,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
     ("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),), "mean"),
     ("Clipped", "share of tokens outside the trust region", (("clip/low", "low"), ("clip/high", "high")), "mean"),
     ("Advantage", "mean of its absolute value", (("advantage/mean_abs", "mean |A|"),), "mean"),
-    ("Loss", "of the objective", (("loss", "loss"),), "mean"),
+    ("Loss", "of the objective", (("loss", "GRPO"), ("sft/loss", "supervised")), "mean"),
     ("Learning rate", "of the last update in the step", (("lr", "learning rate"),), "exact"),
     (
         "Sampler gap",
@@ -68,6 +73,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
 )
 SCORES = (
     ("pass@1", "pass@1, sampled", "{:.1%}"),
+    ("lenient", "lenient scoring", "{:.1%}"),
     ("greedy", "greedy", "{:.1%}"),
     ("majority", "majority vote", "{:.1%}"),
     ("format", "right format", "{:.1%}"),

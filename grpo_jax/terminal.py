@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 LINE = (  # metric, its name on the line, its format
+    ("sft/loss", "loss", "{:.3f}"),
     ("reward/total", "reward", "{:.3f}"),
     ("solve_rate", "solved", "{:.0%}"),
     ("eval/pass@1", "pass@1", "{:.1%}"),
@@ -27,6 +28,7 @@ LINE = (  # metric, its name on the line, its format
 )
 TABLE = (
     ("pass@1", "{:.1%}"),
+    ("lenient", "{:.1%}"),
     ("greedy", "{:.1%}"),
     ("majority", "{:.1%}"),
     ("format", "{:.1%}"),

@@ -99,7 +99,8 @@ def test_every_metric_of_the_trainer_has_its_chart(tmp_path):
     names = (
         "reward/total reward/answer solve_rate groups/all_right groups/all_wrong advantage/mean_abs grad_norm kl "
         "entropy clip/low clip/high length/mean length/right length/wrong truncated sampler_gap/max sampler_gap/mean "
-        "loss lr skipped seconds/step seconds/rewards tokens_per_second eval/pass@1 eval/format eval/length eval/greedy"
+        "loss sft/loss lr skipped seconds/step seconds/rewards tokens_per_second eval/pass@1 eval/lenient eval/format "
+        "eval/length eval/greedy"
     ).split()
     drawn = [pattern for _, _, patterns, _ in CHARTS for pattern, _ in patterns]
     assert sorted(name.replace("reward/answer", "reward/*") for name in names) == sorted(drawn)
