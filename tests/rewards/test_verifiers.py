@@ -146,6 +146,7 @@ def test_format_is_strict():
         f"{right}x": 0,
         "<think>a</think>x<answer>b</answer>": 0,
         "<think>a</think> <answer>b": 0,
+        "<think>a<answer>b</think></answer>": 0,
         "<think>a<answer>b</answer></think>": 0,
         "<think>a <answer>b</answer> c</think> <answer>b</answer>": 0,
         "<answer>b</answer> <think>a</think>": 0,
