@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,10 @@ def test_wandb_offline_writes_a_run_without_network(tmp_path, monkeypatch):
     with metrics.RunWriter(tmp_path / "run", config, run_config={"seed": 3}) as writer:
         writer.step(1, {"reward/total": 0.5})
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    # wandb's own process may write the file a moment after its finish() has returned.
+    while b"reward/total" not in path.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
     content = path.read_bytes()
     assert b"reward/total" in content
     assert b"sums" in content
