@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 
 def masked_select(x: Float[Array, "..."], mask: Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """Where the mask is not 0, x, else 0; what stands in a masked cell (NaN, inf) reaches neither value nor gradient."""
+    """Zero where the mask is 0, else x; what stands in a masked cell (NaN, inf) reaches neither value nor gradient."""
     return jnp.where(jnp.asarray(mask).astype(bool), x, jnp.zeros((), jnp.result_type(x)))
 
 

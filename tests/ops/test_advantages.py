@@ -56,7 +56,7 @@ def by_convention(rewards, group_size):
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-@pytest.mark.parametrize("group_size", [2, 3, 8])
+@pytest.mark.parametrize("group_size", [2, 5])
 def test_against_numpy(scale_rewards, group_size):
     rewards = np.random.default_rng(group_size).choice([0.0, 0.2, 1.0, 1.2], 6 * group_size)
     rewards[:group_size] = 0.2
@@ -84,12 +84,11 @@ def test_a_tie_is_exactly_zero_in_float32(scale_rewards):
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-@pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30, -3.0])
-def test_filler_rows_influence_nothing(scale_rewards, junk):
+def test_filler_rows_influence_nothing(scale_rewards):
     config = ObjectiveConfig(scale_rewards=scale_rewards)
     rewards = jnp.array([0.0, 1.0, 0.2, 1.2, 1.2, 0.0])
     want = compute(rewards, 3, config)
-    filler = jnp.array([junk, 2.0, junk])
+    filler = jnp.array([np.nan, 1e30, -np.inf])
     mixed = jnp.concatenate([rewards[:3], filler, rewards[3:], filler])
     weight = jnp.array([1.0] * 3 + [0.0] * 3 + [1.0] * 3 + [0.0] * 3)
     got = compute(mixed, 3, config, weight)
