@@ -33,11 +33,12 @@ def token_logps(
 
     if chunk == 0 or targets.size <= chunk:
         return score(hidden, targets)
-    rows, steps = _block_shape(*targets.shape, chunk)
+    batch, length = targets.shape
+    rows, steps = _block_shape(batch, length, chunk)
     # A scan's body is compiled apart from what surrounds it, so nothing can undo the recomputation there.
-    score = jax.checkpoint(score, prevent_cse=False)
-    scored = jax.lax.map(lambda block: score(*block), (_split(hidden, rows, steps), _split(targets, rows, steps)))
-    return _join(scored[0], targets.shape), _join(scored[1], targets.shape)
+    score_block = jax.checkpoint(lambda block: score(block[0], block[1]), prevent_cse=False)
+    logps, entropies = jax.lax.map(score_block, (_split(hidden, rows, steps), _split(targets, rows, steps)))
+    return _join(logps, targets.shape), _join(entropies, targets.shape)
 
 
 def gather_logps(logits: Float[Array, "*shape V"], tokens: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,11 +1,14 @@
 """Chunked log-probabilities equal the plain ones, in value and gradient, with bounded memory."""
 
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from grpo_jax.ops.logprobs import entropy, gather_logps, token_logps
 
@@ -34,11 +37,11 @@ def oracle(hidden, parameters, targets, temperature, cotangent):
     return logps, -(p * np.log(p)).sum(-1), grads
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("chunk", "dtype"), [(c, "float64") for c in CHUNKS] + [(0, "float32"), (4, "float32")])
 def test_values_and_gradients_against_numpy(chunk, dtype):
-    hidden, parameters, targets, cotangent = example()
-    want_logps, want_entropy, want_grads = oracle(hidden, parameters, targets, 0.7, cotangent)
+    hidden, parameters, tokens, cotangent = example()
+    targets = jnp.array(tokens)
+    want_logps, want_entropy, want_grads = oracle(hidden, parameters, tokens, 0.7, cotangent)
 
     def loss(hidden, parameters):
         logps, entropies = token_logps(
@@ -53,11 +56,11 @@ def test_values_and_gradients_against_numpy(chunk, dtype):
         (_, (logps, entropies)), grads = jax.jit(compute)(*arguments)
         assert logps.dtype == entropies.dtype == dtype
     assert logps.shape == entropies.shape == (B, T)
-    close = {"rtol": DTYPES[dtype], "atol": DTYPES[dtype]}
-    np.testing.assert_allclose(logps, want_logps, **close)
-    np.testing.assert_allclose(entropies, want_entropy, **close)
+    close = functools.partial(np.testing.assert_allclose, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+    close(logps, want_logps)
+    close(entropies, want_entropy)
     # The entropy is in the loss above and not in these gradients.
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, **close), grads, want_grads)
+    jax.tree.map(close, grads, want_grads)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 8, 9, 16, 30, 1000])
@@ -82,7 +85,9 @@ def test_memory_with_chunks_does_not_grow_with_positions_times_vocabulary():
             return token_logps(hidden, lambda h: h @ kernel, targets, 1.0, chunk)[0].sum()
 
         shapes = jax.ShapeDtypeStruct((rows, length, D), jnp.float32), kernel, jnp.zeros((rows, length), jnp.int32)
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     more_logits = rows * (256 - 64) * vocabulary * 4
     assert temporaries(256, 0) - temporaries(64, 0) >= more_logits
@@ -146,3 +151,18 @@ def test_golden_entropy(shared_dir):
 def test_a_negative_chunk_is_refused():
     with pytest.raises(ValueError, match="chunk=-1 must not be negative"):
         token_logps(jnp.zeros((1, 1, 1)), lambda h: h, jnp.zeros((1, 1), jnp.int32), 1.0, -1)
+
+
+def test_chunks_of_a_sharded_batch_move_no_hidden_state_between_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    hidden = jax.ShapeDtypeStruct((16, 32, D), jnp.float32, sharding=rows)
+    kernel = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=whole)
+    targets = jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=rows)
+
+    def loss(hidden, kernel, targets):
+        return token_logps(hidden, lambda h: h @ kernel, targets, 1.0, 64)[0].sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, kernel, targets).compile().as_text()
+    assert program is not None and "all-reduce(" in program  # of the kernel's gradient
+    assert not {"all-gather(", "all-to-all(", "collective-permute("} & set(re.findall(r"[a-z-]+\(", program))

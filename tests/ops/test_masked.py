@@ -13,14 +13,14 @@ JUNK = [np.inf, -np.inf, np.nan, 3e38]
 @pytest.mark.parametrize("dtype", [np.float32, np.bool_, np.int32])
 def test_select_before_exp_keeps_junk_out_of_value_and_gradient(dtype):
     x = jnp.array([0.5, *JUNK, -1.0])
-    mask = np.array([1, 0, 0, 0, 0, 1], dtype)
+    mask = jnp.array([1, 0, 0, 0, 0, 1], dtype)
     value, grad = jax.value_and_grad(lambda x: jnp.sum(jnp.exp(masked_select(x, mask)) * mask))(x)
     np.testing.assert_allclose(value, np.exp(0.5) + np.exp(-1.0), rtol=1e-6)
     np.testing.assert_allclose(grad, [np.exp(0.5), 0, 0, 0, 0, np.exp(-1.0)], rtol=1e-6)
 
 
 def test_safe_divide_is_division_where_it_is_defined():
-    numerator, denominator = np.array([3.0, -1.0, 0.0], np.float32), np.array([2.0, -4.0, 5.0], np.float32)
+    numerator, denominator = jnp.array([3.0, -1.0, 0.0]), jnp.array([2.0, -4.0, 5.0])
     np.testing.assert_array_equal(safe_divide(numerator, denominator), numerator / denominator)
     by = jax.grad(lambda n, d: jnp.sum(safe_divide(n, d)), argnums=(0, 1))(numerator, denominator)
     np.testing.assert_allclose(by[0], 1 / denominator, rtol=1e-6)
@@ -46,9 +46,9 @@ def test_masked_mean_against_numpy(axis):
     mask[:2], mask[:, 3] = False, False
     total, count = (x * mask).sum(axis), mask.sum(axis)
     want = np.where(count == 0, 0, total / np.maximum(count, 1))
-    x = np.where(mask, x, random.choice(JUNK, x.shape)).astype(np.float32)
-    np.testing.assert_allclose(masked_mean(x, mask, axis), want, rtol=1e-5, atol=1e-6)
-    grad = jax.jit(jax.grad(lambda x: jnp.sum(masked_mean(x, mask, axis))))(x)
+    given = jnp.array(np.where(mask, x, random.choice(JUNK, x.shape)), jnp.float32)
+    np.testing.assert_allclose(masked_mean(given, jnp.array(mask), axis), want, rtol=1e-5, atol=1e-6)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(masked_mean(x, jnp.array(mask), axis))))(given)
     if axis is None:
         np.testing.assert_allclose(grad, mask / mask.sum(), rtol=1e-6)
     assert np.all(np.isfinite(grad)) and np.all(grad[~mask] == 0) and np.all(grad[mask] > 0)
