@@ -11,15 +11,20 @@ from grpo_jax.config import default_config
 
 
 def get_config():
-    """Two-digit sums, 32 prompts x 16 completions a step."""
+    """Two-digit sums, 16 prompts x 8 completions a step."""
     c = default_config()
+    c.base.right_share = 0.36
+    c.base.sft.steps = 600
+    c.base.sft.batch_size = 32
+    c.base.sft.max_length = 32
     c.data.source = "arithmetic"
-    c.data.max_prompt_length = 8
+    c.data.max_prompt_length = 6
     c.data.prompts_per_step = 16
-    c.sampler.group_size = 16
-    c.sampler.max_new_tokens = 40
+    c.sampler.group_size = 8
+    c.sampler.max_new_tokens = 26
     c.rewards.names = ("answer", "format")
     c.rewards.weights = (1.0, 0.2)
+    c.objective.micro_batch_size = 16
     c.optim.lr = 3e-4
-    c.train.steps = 80
+    c.train.steps = 100
     return c

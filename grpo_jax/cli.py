@@ -84,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
         made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
-        made.add_argument("--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing")
+        made.add_argument(
+            "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
+        )
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top

@@ -32,7 +32,9 @@ class ModelConfig:
     param_dtype: str = option(
         "float32", "dtype of the trained parameters at rest; bfloat16 loses updates at lr 1e-6", ("float32", "bfloat16")
     )
-    compute_dtype: str = option("float32", "dtype of activations and products; logits stay float32", ("float32", "bfloat16"))
+    compute_dtype: str = option(
+        "float32", "dtype of activations and products; logits stay float32", ("float32", "bfloat16")
+    )
     matmul_precision: str = option(
         "highest", "jax_default_matmul_precision of every program", ("default", "high", "highest")
     )
@@ -170,7 +172,9 @@ class MeshConfig:
     fsdp: int = option(1, "rows are split over it, and parameters too")
     tensor: int = option(1, "heads and MLP columns are split over it")
     sampling: str = option(
-        "same", "layout of the sampling parameters: as trained, tensor axis only, copied", ("same", "tensor", "replicated")
+        "same",
+        "layout of the sampling parameters: as trained, tensor axis only, copied",
+        ("same", "tensor", "replicated"),
     )
 
 
@@ -264,8 +268,10 @@ def default_config() -> ml_collections.ConfigDict:
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A config dataclass as a ConfigDict of the same shape."""
     return ml_collections.ConfigDict(
-        {f.name: to_config_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
-         for f in dataclasses.fields(config)}
+        {
+            f.name: to_config_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
+            for f in dataclasses.fields(config)
+        }
     )
 
 
@@ -395,21 +401,26 @@ def validate(config: Config, source: str = "config") -> None:
     )
     require(len(set(c.rewards.names)) == len(c.rewards.names), "rewards.names", "names a reward twice")
     require(c.base.width % c.base.heads == 0, "base.width", f"must divide by base.heads={c.base.heads}")
-    require((c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)")
+    require(
+        (c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)"
+    )
     require(c.base.heads % c.base.kv_heads == 0, "base.heads", f"must divide by base.kv_heads={c.base.kv_heads}")
     require(
         c.objective.reference_every == 0 or c.objective.beta > 0,
-        "objective.reference_every", "has no effect at objective.beta=0: set beta above 0 or leave it 0",
+        "objective.reference_every",
+        "has no effect at objective.beta=0: set beta above 0 or leave it 0",
     )
     minibatch, left = divmod(c.completions, c.objective.minibatches)
     require(
-        left == 0, "objective.minibatches",
+        left == 0,
+        "objective.minibatches",
         f"must divide the {c.completions} completions (data.prompts_per_step={c.data.prompts_per_step} x "
         f"sampler.group_size={c.sampler.group_size})",
     )
     require(
         c.objective.micro_batch_size == 0 or minibatch % c.objective.micro_batch_size == 0,
-        "objective.micro_batch_size", f"must divide the {minibatch} completions of a minibatch",
+        "objective.micro_batch_size",
+        f"must divide the {minibatch} completions of a minibatch",
     )
     if c.train.time_budget:
         parse_duration(c.train.time_budget, f"{source}: train.time_budget")
@@ -418,7 +429,8 @@ def validate(config: Config, source: str = "config") -> None:
     for axis in ("data", "fsdp", "tensor"):
         require(getattr(c.mesh, axis) == -1 or getattr(c.mesh, axis) >= 1, f"mesh.{axis}", "must be -1 or at least 1")
     require(
-        c.data.source in ("arithmetic", "memory") or bool(c.data.path), "data.path",
+        c.data.source in ("arithmetic", "memory") or bool(c.data.path),
+        "data.path",
         f"is empty: data.source={c.data.source!r} needs the file, folder or name to read",
     )
 

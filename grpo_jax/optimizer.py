@@ -45,7 +45,15 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
         decay = [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
         factored = optax.scale_by_factored_rms()
         return optax.chain(*clip, factored, *decay, optax.scale_by_learning_rate(schedule))
-    return optax.chain(*clip, optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=mask,
-        mu_dtype=jnp.dtype(config.moment_dtype),
-    ))
+    return optax.chain(
+        *clip,
+        optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=mask,
+            mu_dtype=jnp.dtype(config.moment_dtype),
+        ),
+    )

@@ -70,7 +70,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[st
             lead = (None,) * (len(shape) - len(axes))
             kept = [
                 axis if axis and axis not in drop and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape[len(lead):], strict=True)
+                for axis, size in zip(axes, shape[len(lead) :], strict=True)
             ]
             return PartitionSpec(*lead, *kept)
     return PartitionSpec()
@@ -78,6 +78,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[st
 
 def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
     """NamedShardings of a tree of parameters, or of anything whose paths end alike (optimizer state)."""
+
     def leaf(path: tuple, x: Any) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh, drop))
 

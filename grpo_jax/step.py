@@ -37,7 +37,10 @@ Means = dict[str, Mean]
 
 # Metrics of the objective, by the names that a run writes.
 METRIC_NAMES = {
-    "clip_fraction_low": "clip/low", "clip_fraction_high": "clip/high", "ratio": "ratio/mean", "kl": "kl",
+    "clip_fraction_low": "clip/low",
+    "clip_fraction_high": "clip/high",
+    "ratio": "ratio/mean",
+    "kl": "kl",
 }
 
 
@@ -100,6 +103,7 @@ class StepParts:
 
 def init_state(parts: StepParts, variables: dict[str, Any], frozen: dict[str, Any] | None = None) -> TrainState:
     """A state at step 0 on the mesh; the reference is a copy with buffers of its own."""
+
     def make(variables: Any, frozen: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         reference = jax.tree.map(jnp.copy, variables) if parts.config.objective.beta > 0 else None
@@ -176,9 +180,12 @@ def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
         tokens=jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1),
         positions=jnp.concatenate([positions, place], axis=1),
         segments=jnp.concatenate([segments, rollout.mask.astype(jnp.int32)], axis=1),
-        targets=rollout.tokens, old_logps=rollout.logps, ref_logps=None,
+        targets=rollout.tokens,
+        old_logps=rollout.logps,
+        ref_logps=None,
         advantages=jnp.zeros_like(rollout.mask) if rollout.advantages is None else rollout.advantages,
-        mask=rollout.mask * counted[:, None], weight=rollout.weight,
+        mask=rollout.mask * counted[:, None],
+        weight=rollout.weight,
     )
 
 
@@ -194,14 +201,19 @@ def completion_logps(
 
     # The last prompt token predicts the first completion token.
     return token_logps(
-        hidden[:, width - 1 : -1], unembed, batch.targets, parts.config.sampler.temperature,
+        hidden[:, width - 1 : -1],
+        unembed,
+        batch.targets,
+        parts.config.sampler.temperature,
         parts.config.model.logits_chunk,
     )
 
 
 def split(batch: Any, minibatches: int, micros: int) -> Any:
     """[B, ...] to [minibatches, micros, rows, ...], taking every k-th row, so that a split of the rows
-    over devices gives each device its share of every piece."""
+    over devices gives each device its share of every piece.
+    """
+
     def leaf(x: Array) -> Array:
         pieces = x.reshape(-1, minibatches * micros, *x.shape[1:]).swapaxes(0, 1)
         return pieces.reshape(minibatches, micros, *pieces.shape[1:])
@@ -218,9 +230,11 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     pieces = split(batch, objective.minibatches, micros)
     if state.reference is not None:
         pieces = pieces.replace(ref_logps=reference_logps(parts, state, pieces))
-    divisors = jax.vmap(lambda piece: denominators(
-        piece.mask.reshape(-1, piece.mask.shape[-1]), batch.mask, objective, piece.weight.reshape(-1), batch.weight
-    ))(pieces)
+    divisors = jax.vmap(
+        lambda piece: denominators(
+            piece.mask.reshape(-1, piece.mask.shape[-1]), batch.mask, objective, piece.weight.reshape(-1), batch.weight
+        )
+    )(pieces)
     assert rollout.scores is not None
     failed = jnp.any(rollout.scores.failed)
 
@@ -291,8 +305,10 @@ def update_once(
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
     state = state.replace(
-        trainable=keep(trainable, state.trainable), opt_state=keep(opt_state, state.opt_state),
-        updates=state.updates + good, skipped=state.skipped + ~good,
+        trainable=keep(trainable, state.trainable),
+        opt_state=keep(opt_state, state.opt_state),
+        updates=state.updates + good,
+        skipped=state.skipped + ~good,
         skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
     )
     means = means | {"loss": (loss, 1.0), "grad_norm": (norm, 1.0)}
@@ -303,6 +319,7 @@ def minibatch_gradient(
     parts: StepParts, state: TrainState, micros: TrainingBatch, divisor: Array
 ) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
     """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its micro-batches."""
+
     def accumulate(total: Any, micro: TrainingBatch) -> tuple[Any, tuple[Array, Means, Array]]:
         value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
         (numerator, (means, gap)), gradient = value_and_grad(state.trainable, parts, state.frozen, micro)

@@ -61,14 +61,19 @@ def init_cache(
     def layer() -> LayerCache:
         head = (a.kv_heads, a.head_size)
         return LayerCache(
-            prompt_key=jnp.zeros((*prompt, *head), dtype), prompt_value=jnp.zeros((*prompt, *head), dtype),
-            key=jnp.zeros((*own, *head), dtype), value=jnp.zeros((*own, *head), dtype),
+            prompt_key=jnp.zeros((*prompt, *head), dtype),
+            prompt_value=jnp.zeros((*prompt, *head), dtype),
+            key=jnp.zeros((*own, *head), dtype),
+            value=jnp.zeros((*own, *head), dtype),
         )
 
     index = CacheIndex(
-        prompt_positions=jnp.zeros(prompt, jnp.int32), prompt_segments=jnp.zeros(prompt, jnp.int32),
-        positions=jnp.zeros(own, jnp.int32), segments=jnp.zeros(own, jnp.int32),
-        slot=jnp.zeros((), jnp.int32), cursor=jnp.zeros((), jnp.int32),
+        prompt_positions=jnp.zeros(prompt, jnp.int32),
+        prompt_segments=jnp.zeros(prompt, jnp.int32),
+        positions=jnp.zeros(own, jnp.int32),
+        segments=jnp.zeros(own, jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+        cursor=jnp.zeros((), jnp.int32),
     )
     return Cache(layers=tuple(layer() for _ in range(a.layers)), index=index)
 
@@ -80,7 +85,8 @@ def start(index: CacheIndex, positions: Int[Array, "R S"], segments: Int[Array, 
     return index.replace(
         positions=_put(index.positions, positions, index.cursor),
         segments=_put(index.segments, segments, index.cursor),
-        slot=index.cursor, cursor=index.cursor + 1,
+        slot=index.cursor,
+        cursor=index.cursor + 1,
     )
 
 

@@ -36,11 +36,14 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Projects the last axis to `features`."""
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        # Rows are flattened: XLA's CPU backend computes the gradient of x [B, S, I] @ W, a product contracted
+        # over two axes, three times slower than over one (whole gradient of a small decoder: 0.97 to 0.26 s).
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ kernel.astype(self.dtype)
         if self.has_variable("adapters", "a"):
             a, b = self.get_variable("adapters", "a"), self.get_variable("adapters", "b")
-            y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
-        return y
+            y = y + (rows @ a.astype(self.dtype)) @ b.astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):
@@ -131,7 +134,9 @@ class Decoder(nn.Module):
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         if self.scanned:
             scan = nn.scan(
-                layer, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True},
+                layer,
+                variable_axes={"params": 0, "adapters": 0},
+                split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             )
             for i in range(len(a.stacks)):
@@ -145,7 +150,10 @@ class Decoder(nn.Module):
             self.head = Dense(a.vocabulary, self.dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], segments: Int[Array, "B S"],
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
         cache: Cache | None = None,
     ):
         """Hidden states [B, S, D] (with a cache: and the cache with these tokens written).
@@ -175,7 +183,9 @@ class Decoder(nn.Module):
         """Logits over the vocabulary, float32."""
         if self.architecture.tied:
             kernel = self.embed.embedding.astype(self.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            logits = jnp.einsum("rd,vd->rv", rows, kernel, preferred_element_type=jnp.float32)
+            return logits.reshape(*hidden.shape[:-1], self.architecture.vocabulary)
         return self.head(hidden).astype(jnp.float32)
 
 

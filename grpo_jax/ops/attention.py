@@ -24,7 +24,9 @@ def visible(
 
 
 def attend(
-    query: Float[Array, "B S H E"], key: Float[Array, "B Z K E"], value: Float[Array, "B Z K E"],
+    query: Float[Array, "B S H E"],
+    key: Float[Array, "B Z K E"],
+    value: Float[Array, "B Z K E"],
     mask: Bool[Array, "B S Z"],
 ) -> Float[Array, "B S H E"]:
     """softmax(q k^T / sqrt(E)) v with H / K queries a key head; the softmax is float32."""
@@ -54,10 +56,12 @@ def attend_shared_prefix(
     prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, prefix_key.shape[1])
     own_scores = jnp.einsum("bkge,bzke->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
     scale = size**-0.5
-    prefix_weights, own_weights = softmax([
-        jnp.where(prefix_mask[:, None], prefix_scores * scale, MASKED),
-        jnp.where(own_mask[:, None], own_scores * scale, MASKED),
-    ])
+    prefix_weights, own_weights = softmax(
+        [
+            jnp.where(prefix_mask[:, None], prefix_scores * scale, MASKED),
+            jnp.where(own_mask[:, None], own_scores * scale, MASKED),
+        ]
+    )
     prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, prefix_key.shape[1])
     out = jnp.einsum("nrkgp,npke->nrkge", prefix_weights.astype(prefix_value.dtype), prefix_value)
     out = out.reshape(batch, kv_heads, -1, size)

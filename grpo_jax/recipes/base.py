@@ -48,7 +48,9 @@ def make_base(
     examples = [_example(tokenizer, prompt, completion) for prompt, completion in pairs]
     longest = max(len(ids) for ids, _ in examples)
     if longest > config.base.sft.max_length:
-        raise InputError(f"config: base.sft.max_length={config.base.sft.max_length} is below {longest}, the longest row")
+        raise InputError(
+            f"config: base.sft.max_length={config.base.sft.max_length} is below {longest}, the longest row"
+        )
     params = fine_tune(config, config.base.sft, module, params, examples, mesh, workdir / "sft", stop, terminal, "base")
     made = LoadedModel(architecture, {}, tokenizer, str(finished))
     return save_model(finished, made, jax.device_get(params))
@@ -58,8 +60,15 @@ def base_architecture(config: Config, tokenizer: Tokenizer) -> Architecture:
     """Sizes of the base; the vocabulary is what the tokenizer came out with."""
     b = config.base
     return llama(
-        b.layers, vocabulary=tokenizer.vocabulary, width=b.width, heads=b.heads, kv_heads=b.kv_heads,
-        head_size=b.width // b.heads, mlp_width=b.mlp_width, rope_theta=b.rope_theta, tied=b.tied,
+        b.layers,
+        vocabulary=tokenizer.vocabulary,
+        width=b.width,
+        heads=b.heads,
+        kv_heads=b.kv_heads,
+        head_size=b.width // b.heads,
+        mlp_width=b.mlp_width,
+        rope_theta=b.rope_theta,
+        tied=b.tied,
     )
 
 

@@ -31,7 +31,12 @@ from grpo_jax.text import encode_prompt
 
 
 def make_cold_start(
-    config: Config, model: LoadedModel, rows: dict[str, list[dict]], mesh: Mesh, workdir: pathlib.Path, stop: Stop,
+    config: Config,
+    model: LoadedModel,
+    rows: dict[str, list[dict]],
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    stop: Stop,
     terminal: Terminal,
 ) -> str:
     """The folder of the model after its cold start, made now or by an earlier start of the same run."""
@@ -64,7 +69,9 @@ def write_samples(
     chosen = rows[: cold.prompts]
     scorer = build_scorer(rewards, token_bytes, chosen, tokenizer.decode, mesh)
     prompts = build_prompt_set(
-        chosen, lambda prompt: encode_prompt(prompt, text, tokenizer), config.data.max_prompt_length,
+        chosen,
+        lambda prompt: encode_prompt(prompt, text, tokenizer),
+        config.data.max_prompt_length,
         lambda given: scorer.columns(np.arange(len(given))),
     )
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype))

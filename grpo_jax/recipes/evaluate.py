@@ -94,11 +94,18 @@ class Evaluator:
             row = self.prompts.rows[int(batch.row[i // samples])]
             text = self.tokenizer.decode(rollout.tokens[i, : rollout.lengths[i]].tolist())
             values = dict(zip(self.scorer.names, scores.values[i].tolist(), strict=True))
-            records.append({
-                "problem": int(batch.row[i // samples]), "prompt": row["prompt"], "answer": row["answer"],
-                "completion": text, "rewards": values, "right": scores.values[i, 0] >= 1.0,
-                "length": int(rollout.lengths[i]), "ended": bool(rollout.ended[i]),
-            })
+            records.append(
+                {
+                    "problem": int(batch.row[i // samples]),
+                    "prompt": row["prompt"],
+                    "answer": row["answer"],
+                    "completion": text,
+                    "rewards": values,
+                    "right": scores.values[i, 0] >= 1.0,
+                    "length": int(rollout.lengths[i]),
+                    "ended": bool(rollout.ended[i]),
+                }
+            )
         return records
 
     def measure(self, variables: Any, problems: int, samples: int, step: int) -> tuple[dict[str, Any], list[dict]]:

@@ -75,7 +75,10 @@ def train(
 
 
 def run(
-    config: Config, workdir: pathlib.Path, dataset: Sequence[dict] | None = None, rewards: Rewards | None = None,
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Sequence[dict] | None = None,
+    rewards: Rewards | None = None,
     terminal: Terminal | None = None,
 ) -> dict[str, Any]:
     """One run in `workdir`, started or gone on with; returns its summary.
@@ -93,7 +96,9 @@ def run(
         model = starting_model(config, rows, mesh, workdir, stop, terminal)
         parts, prompts, evaluator = prepare(config, model, rows, mesh, rewards)
         terminal.announce(
-            config.data.prompts_per_step, config.sampler.group_size, config.train.steps,
+            config.data.prompts_per_step,
+            config.sampler.group_size,
+            config.train.steps,
             f"{mesh.size} x {jax.devices()[0].device_kind}",
         )
         terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in parameter_table(model.params))
@@ -152,14 +157,21 @@ def prepare(
         )
         scorers[split] = scorer
         sets[split] = build_prompt_set(
-            rows[split], lambda prompt: encode_prompt(prompt, config.text, tokenizer), config.data.max_prompt_length,
+            rows[split],
+            lambda prompt: encode_prompt(prompt, config.text, tokenizer),
+            config.data.max_prompt_length,
             lambda given, scorer=scorer: scorer.columns(np.arange(len(given))),
         )
     updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
     parts = StepParts(
-        config, module, make_optimizer(config.optim, updates), make_schedule(config.optim, updates),
-        scorers["train"], mesh, tokenizer.end_ids,
+        config,
+        module,
+        make_optimizer(config.optim, updates),
+        make_schedule(config.optim, updates),
+        scorers["train"],
+        mesh,
+        tokenizer.end_ids,
     )
     return parts, sets["train"], Evaluator(parts, sets["eval"], scorers["eval"], tokenizer)
 
@@ -201,9 +213,7 @@ class Session:
     def batch(self, step: int) -> Any:
         """The prompts of a step: a function of the seed and the step alone."""
         data, count = self.config.data, self.config.data.prompts_per_step
-        batch = make_batch(
-            self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length
-        )
+        batch = make_batch(self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length)
         return jax.device_put(batch, row_sharding(self.parts.mesh))
 
     def train(self, model: LoadedModel) -> TrainState:
@@ -219,15 +229,24 @@ class Session:
                 state = restored[0]
                 self.terminal.say(f"going on after step {first} of {total}")
                 lines = read_jsonl(self.workdir / "metrics.jsonl")
-                self.best = max((x.get("eval/pass@1", self.best) for x in lines if x["step"] <= first), default=self.best)
+                self.best = max(
+                    (x.get("eval/pass@1", self.best) for x in lines if x["step"] <= first), default=self.best
+                )
             self.measure_once("before", state, first)
             with RunWriter(self.workdir, config.log, first or None, dataclasses.asdict(config)) as writer:
                 if first < total:
                     with self.terminal.compiling("the step"):
                         program.compile(state, self.batch(first))
                 loop = Loop(
-                    total, program, self.batch, Recorder(self, writer, program), checkpoints, config.checkpoint.every,
-                    self.stop, self.evaluate, lambda done: config.eval.every > 0 and done % config.eval.every == 0,
+                    total,
+                    program,
+                    self.batch,
+                    Recorder(self, writer, program),
+                    checkpoints,
+                    config.checkpoint.every,
+                    self.stop,
+                    self.evaluate,
+                    lambda done: config.eval.every > 0 and done % config.eval.every == 0,
                 )
                 return loop.run(state, first)
 
@@ -261,16 +280,27 @@ class Session:
                 "checkpoint is kept; a lower optim.lr or an objective.beta above 0 often helps"
             )
         self.best = max(self.best, score)
-        names = {"pass@1": "eval/pass@1", "format": "eval/format", "mean_length": "eval/length", "lenient": "eval/lenient"}
+        names = {
+            "pass@1": "eval/pass@1",
+            "format": "eval/format",
+            "mean_length": "eval/length",
+            "lenient": "eval/lenient",
+        }
         return {label: found[name] for name, label in names.items() if name in found}
 
     def finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
         """After-training scores, summary.json, report.html and what the terminal shows of them."""
         before, after = (self.measure_once(name, state, self.config.train.steps) for name in ("before", "after"))
         summary = {
-            "before": before, "after": after, "seconds_total": seconds, "compiles": self.compiles.compiles,
-            "seed": self.config.seed, "versions": versions(), "device": jax.devices()[0].device_kind,
-            "devices": self.parts.mesh.size, "platform": platform.platform(),
+            "before": before,
+            "after": after,
+            "seconds_total": seconds,
+            "compiles": self.compiles.compiles,
+            "seed": self.config.seed,
+            "versions": versions(),
+            "device": jax.devices()[0].device_kind,
+            "devices": self.parts.mesh.size,
+            "platform": platform.platform(),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         write_json_atomic(self.workdir / "summary.json", summary)
@@ -310,7 +340,9 @@ class Recorder:
         line = divide(fetched.means)
         tokens = line.pop("tokens")
         line |= found | {
-            "seconds/step": seconds, "tokens_per_second": tokens / seconds, "compiles": s.compiles.compiles,
+            "seconds/step": seconds,
+            "tokens_per_second": tokens / seconds,
+            "compiles": s.compiles.compiles,
             "seconds/rewards": 0.0 if host is None else host.seconds - s.host_seconds,
         }
         line |= {f"seconds/{name}": value for name, value in self.program.seconds.items()}
@@ -351,13 +383,19 @@ def sample_rows(session: Session, rollout: Any, count: int) -> list[dict]:
     for i in range(0, len(total), max(len(total) // count, 1))[:count] if count else ():
         row = session.prompts.rows[int(order[i])]
         length = int(rollout.lengths[i])
-        rows.append({
-            "draw": int(rollout.draw[i]), "prompt": row["prompt"],
-            "completion": session.tokenizer.decode(rollout.tokens[i, :length].tolist()), "answer": row["answer"],
-            "rewards": dict(zip(scorer.names, rollout.scores.values[i].tolist(), strict=True)),
-            "total": float(total[i]), "advantage": float(rollout.advantages[i, 0]), "length": length,
-            "ended": bool(rollout.ended[i]),
-        })
+        rows.append(
+            {
+                "draw": int(rollout.draw[i]),
+                "prompt": row["prompt"],
+                "completion": session.tokenizer.decode(rollout.tokens[i, :length].tolist()),
+                "answer": row["answer"],
+                "rewards": dict(zip(scorer.names, rollout.scores.values[i].tolist(), strict=True)),
+                "total": float(total[i]),
+                "advantage": float(rollout.advantages[i, 0]),
+                "length": length,
+                "ended": bool(rollout.ended[i]),
+            }
+        )
     return rows
 
 

@@ -70,7 +70,9 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> None:
     text = to_json(config) + "\n"
     if not path.exists():
         if workdir.exists() and any(workdir.iterdir()):
-            raise InputError(f"--workdir {workdir}: holds files but no config.json, so no run to go on with: name another")
+            raise InputError(
+                f"--workdir {workdir}: holds files but no config.json, so no run to go on with: name another"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
         return

@@ -65,7 +65,8 @@ def read_chats(path: str, config: TextConfig, tokenizer: Tokenizer, max_length: 
             messages = row["messages"]
         elif {"prompt", "completion"} <= row.keys():
             messages = [
-                {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]},
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
             ]
         else:
             raise InputError(f"{path}: row {number} has {sorted(row)}, not 'messages' nor 'prompt' and 'completion'")
@@ -113,8 +114,16 @@ def sft_optim(config: SftConfig) -> OptimConfig:
 
 
 def fine_tune(
-    config: Config, sft: SftConfig, module: nn.Module, params: Any, examples: Sequence[Example], mesh: Mesh,
-    workdir: pathlib.Path, stop: Stop, terminal: Terminal, name: str,
+    config: Config,
+    sft: SftConfig,
+    module: nn.Module,
+    params: Any,
+    examples: Sequence[Example],
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
+    name: str,
 ) -> Any:
     """Parameters after `sft.steps` steps from `params`; checkpoints and metrics lie in `workdir`."""
     optimizer = make_optimizer(sft_optim(sft), sft.steps)
@@ -127,9 +136,9 @@ def fine_tune(
 
     def step(state: SftState, batch: SftBatch) -> tuple[SftState, dict[str, Mean], None]:
         with jax.default_matmul_precision(config.model.matmul_precision):
-            gradient, means = jax.grad(
-                lambda p: sft_loss(module, p, batch, config.model.logits_chunk), has_aux=True
-            )(state.params)
+            gradient, means = jax.grad(lambda p: sft_loss(module, p, batch, config.model.logits_chunk), has_aux=True)(
+                state.params
+            )
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         means |= {"grad_norm": (optax.global_norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
         new = SftState(step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state)

@@ -9,10 +9,9 @@ from grpo_jax.config import SamplerConfig
 NEVER = -jnp.inf
 
 
-def row_keys(
-    key: PRNGKeyArray, draw: Int[Array, "N"], group_size: int
-) -> PRNGKeyArray:
+def row_keys(key: PRNGKeyArray, draw: Int[Array, "N"], group_size: int) -> PRNGKeyArray:
     """[N*G] keys from (key of seed and step, draw number, sample index); positions are folded in at use."""
+
     def one(draw_number, sample):
         return jax.random.fold_in(jax.random.fold_in(key, draw_number), sample)
 

@@ -40,7 +40,11 @@ def repeat_rows(x: Array, times: int) -> Array:
 
 
 def sample(
-    module: nn.Module, variables: Any, prompts: Prompts, key: PRNGKeyArray, config: SamplerConfig,
+    module: nn.Module,
+    variables: Any,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    config: SamplerConfig,
     end_ids: tuple[int, ...],
 ) -> Rollout:
     """Draws `config.group_size` completions of every prompt; ends early when every row has ended.
@@ -59,9 +63,14 @@ def sample(
     rows = count * group
     empty = jnp.zeros((rows, length), jnp.float32)
     state = Decoding(
-        position=jnp.zeros((), jnp.int32), last=jnp.zeros(rows, jnp.int32), done=jnp.zeros(rows, bool),
-        tokens=jnp.zeros((rows, length), jnp.int32), logps=empty, sampled_logps=empty,
-        lengths=jnp.zeros(rows, jnp.int32), cache=end_prompt(cache),
+        position=jnp.zeros((), jnp.int32),
+        last=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        tokens=jnp.zeros((rows, length), jnp.int32),
+        logps=empty,
+        sampled_logps=empty,
+        lengths=jnp.zeros(rows, jnp.int32),
+        cache=end_prompt(cache),
     )
     filler = repeat_rows(prompts.weight, group) == 0
     state = _append(state.replace(done=filler), logits, keys, config, end_ids)
@@ -79,10 +88,17 @@ def sample(
     state = jax.lax.while_loop(unfinished, decode, state)
     mask = (jnp.arange(length)[None, :] < state.lengths[:, None]).astype(jnp.float32)
     return Rollout(
-        tokens=state.tokens, lengths=state.lengths, logps=state.logps, sampled_logps=state.sampled_logps,
-        ended=state.done & ~filler, mask=mask, weight=repeat_rows(prompts.weight, group),
-        draw=repeat_rows(prompts.draw, group), group=repeat_rows(jnp.arange(count, dtype=jnp.int32), group),
-        prompt_tokens=repeat_rows(prompts.tokens, group), prompt_lengths=prompt_lengths,
+        tokens=state.tokens,
+        lengths=state.lengths,
+        logps=state.logps,
+        sampled_logps=state.sampled_logps,
+        ended=state.done & ~filler,
+        mask=mask,
+        weight=repeat_rows(prompts.weight, group),
+        draw=repeat_rows(prompts.draw, group),
+        group=repeat_rows(jnp.arange(count, dtype=jnp.int32), group),
+        prompt_tokens=repeat_rows(prompts.tokens, group),
+        prompt_lengths=prompt_lengths,
     )
 
 
@@ -98,6 +114,10 @@ def _append(state: Decoding, logits: Array, keys: Array, config: SamplerConfig, 
 
     ends = jnp.isin(drawn, jnp.asarray(end_ids, jnp.int32))
     return state.replace(
-        last=drawn, done=state.done | ends, tokens=put(state.tokens, drawn), logps=put(state.logps, logp),
-        sampled_logps=put(state.sampled_logps, sampled_logp), lengths=state.lengths + live,
+        last=drawn,
+        done=state.done | ends,
+        tokens=put(state.tokens, drawn),
+        logps=put(state.logps, logp),
+        sampled_logps=put(state.sampled_logps, sampled_logp),
+        lengths=state.lengths + live,
     )

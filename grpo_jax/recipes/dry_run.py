@@ -1,0 +1,61 @@
+"""What a run would do, by shapes alone: batch arithmetic and the parameter table, nothing compiled."""
+
+import jax
+
+from grpo_jax.config import Config
+from grpo_jax.models.architecture import llama
+from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.models.loading import load_model, parameter_table
+from grpo_jax.parallel import check_batch, make_mesh, partition_spec
+from grpo_jax.recipes.grpo import prepare, read_rows, with_end_tokens
+from grpo_jax.terminal import Terminal
+
+
+def dry_run(config: Config, terminal: Terminal | None = None) -> None:
+    """Prints the run's arithmetic; reads data and weights' shapes, so that bad input shows here too."""
+    terminal = terminal or Terminal()
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    o, rows = config.objective, {split: read_rows(config, split, None) for split in ("train", "eval")}
+    terminal.announce(
+        config.data.prompts_per_step,
+        config.sampler.group_size,
+        config.train.steps,
+        f"{mesh.size} x {jax.devices()[0].device_kind}",
+    )
+    minibatch = config.completions // o.minibatches
+    micro = o.micro_batch_size or minibatch
+    terminal.say(
+        f"{o.num_iterations} epochs x {o.minibatches} minibatches of {minibatch} completions, {minibatch // micro} "
+        f"micro-batches of {micro} each; {config.train.steps * o.num_iterations * o.minibatches} optimizer updates"
+    )
+    terminal.say(f"{len(rows['train'])} training rows, {len(rows['eval'])} held out")
+    terminal.say(
+        f"prompts of up to {config.data.max_prompt_length} tokens, completions of up to {config.sampler.max_new_tokens}"
+    )
+    if config.model.path:
+        model = with_end_tokens(load_model(config.model.path), config)
+        if not config.cold_start.enabled:
+            prepare(config, model, rows, mesh)
+        params = model.params
+    else:
+        b = config.base
+        sizes = llama(
+            b.layers,
+            vocabulary=b.vocabulary,
+            width=b.width,
+            heads=b.heads,
+            kv_heads=b.kv_heads,
+            head_size=b.width // b.heads,
+            mlp_width=b.mlp_width,
+            rope_theta=b.rope_theta,
+            tied=b.tied,
+        )
+        terminal.say(f"the base is made in the run; its vocabulary is at most {b.vocabulary}")
+        params = jax.eval_shape(lambda key: init_params(Decoder(sizes), key), jax.random.key(0))
+    table = parameter_table(params)
+    terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in table)
+    for path, shape, _, _ in table:
+        spec = partition_spec(path, shape, mesh)
+        if any(axis and mesh.shape[axis] > 1 for axis in spec):
+            terminal.say(f"{path} is split as {spec}")
