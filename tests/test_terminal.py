@@ -33,6 +33,14 @@ def test_a_pipe_gets_plain_lines():
     assert err.getvalue() == "warning: pass@1 fell\n"
 
 
+def test_a_notebook_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as its kernel does
+    out = io.StringIO()
+    run(Terminal(out, io.StringIO()))
+    assert "step 20/25  reward 0.200  solved 50%" in out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue()
+
+
 def test_a_terminal_gets_a_live_line(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
