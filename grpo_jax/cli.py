@@ -1,10 +1,12 @@
 """The command line: `grpo-jax train --config arithmetic --config.optim.lr=1e-4 --workdir runs/a`."""
 
 import argparse
+import difflib
 import os
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         own, overrides = split_arguments(arguments)
-        options = parser().parse_args(own)
+        options = parse(own)
         return options.run(options, overrides)
     except InputError as error:
         print(f"grpo-jax: {error}", file=sys.stderr)
@@ -41,13 +43,14 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str, configs.Config]:
     """Name and config from `--config NAME` and `--config.field=value`; raises InputError naming the nearest field."""
-    joined = []
+    given: list[str] = []
     for item in overrides:
         if item.startswith("--config"):
-            joined.append(item)
+            given.append(item)
         else:
-            joined[-1] += f"={item}"
-    given = dict.fromkeys(joined)
+            given[-1] += f"={item}"
+    if "--config" in given:
+        raise InputError("--config: has no value; write --config NAME or --config FILE.py")
     names = [item.split("=", 1)[1] for item in given if item.startswith("--config=")]
     path = configs.config_file(names[-1] if names else default)
     known = set(configs.field_names())
@@ -59,21 +62,53 @@ def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str,
         if not equals:
             raise InputError(f"--config.{name}: has no value; write --config.{name}=VALUE")
     holder: Any = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", configs.load_config_module(path).get_config(), flag_values=holder)
+    given_config = configs.read_config_file(path)
+    command = ["grpo-jax", *fields]
+    config_flags.DEFINE_config_dict("config", given_config, flag_values=holder, sys_argv=command)
     try:
-        holder(["grpo-jax", *fields])
+        holder(command)
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"--config: {error}") from error
     return path.stem, configs.from_dict(holder.config, str(path))
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors: one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what main prints."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def parse(own: list[str]) -> argparse.Namespace:
+    """Our own arguments, read; raises InputError naming the nearest command or option."""
+    top = parser()
+    known = commands_of(top)
+    for item in own[:1]:
+        if not item.startswith("-") and item not in known:
+            raise InputError(f"{item}: no such command; there are: {', '.join(known)}{_nearest(item, known)}")
+    options, unknown = top.parse_known_args(own)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        command = next((item for item in own if item in known), "")
+        options_of = [flag for action in known[command]._actions for flag in action.option_strings]
+        fields = [f"--config.{field}" for field in configs.field_names()]
+        near = _nearest(name, [*options_of, "--config", *fields])
+        if not name.startswith("-"):
+            near = f"; did you mean --config {name}?"
+        raise InputError(f"{name}: {command} has no such option{near}; see grpo-jax {command} --help")
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    top = argparse.ArgumentParser(prog="grpo-jax", description="GRPO in JAX: a training step is one compiled program.")
+    top = Parser(
+        prog="grpo-jax", description="GRPO in JAX: a training step is one compiled program.", allow_abbrev=False
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.set_defaults(run=run)
         return made
 
@@ -84,12 +119,18 @@ def parser() -> argparse.ArgumentParser:
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
         made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
-        made.add_argument(
-            "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
-        )
+        if name == "train":
+            made.add_argument(
+                "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
+            )
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top
+
+
+def commands_of(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, by name."""
+    return next(dict(a.choices) for a in top._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def run_train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -130,6 +171,8 @@ def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax report`."""
     from grpo_jax.report import write_report
 
+    if overrides:
+        raise InputError(f"{overrides[0]}: report reads the config that the run has left: leave --config out")
     if not pathlib.Path(options.workdir, "metrics.jsonl").is_file():
         raise InputError(f"{options.workdir}: holds no metrics.jsonl: name the --workdir of a run")
     print(write_report(pathlib.Path(options.workdir)))
@@ -139,20 +182,29 @@ def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
 def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, configs.Config]:
     if options.time_budget:
         overrides = [*overrides, f"--config.train.time_budget={options.time_budget}"]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # rewards.names=("my_rewards:length",) finds ./my_rewards.py
     return load_config(overrides)
 
 
 def _set_up_jax(config: configs.Config) -> None:
-    """Process-wide settings of jax: the compilation cache."""
+    """Process-wide settings of jax: the compilation cache, where the environment has not named one."""
     import jax
 
     folder = config.log.compilation_cache
+    if folder == "auto" and jax.config.jax_compilation_cache_dir:
+        return
     if folder == "auto":
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(root, "grpo_jax", "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder or None)
     if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 if __name__ == "__main__":

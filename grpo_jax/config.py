@@ -12,6 +12,7 @@ import json
 import pathlib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -48,8 +49,8 @@ class SftConfig:
 
     path: str = option("", "JSONL file of chats ({'messages': [...]}) or {'prompt', 'completion'} rows")
     steps: int = option(100, "optimizer steps")
-    batch_size: int = option(16, "rows a step")
-    max_length: int = option(256, "tokens a row may have; longer rows are an error")
+    batch_size: int = option(16, "packs a step")
+    max_length: int = option(256, "tokens of a pack; examples are packed, one that is longer is an error")
     lr: float = option(1e-5, "peak learning rate (cosine to a tenth, after a warm-up of a twentieth)")
 
 
@@ -68,7 +69,7 @@ class BaseConfig:
     worked_sums: int = option(6000, "rows of mixed quality that tokenizer and base model learn from")
     right_share: float = option(0.42, "share of worked sums that think, are right and well formed")
     sft: SftConfig = option(
-        SftConfig(steps=700, batch_size=64, max_length=64, lr=3e-3), "how the base learns (its `path` stays empty)"
+        SftConfig(steps=700, batch_size=64, max_length=64, lr=3e-3), "how the base learns; its `path` must stay empty"
     )
 
 
@@ -186,7 +187,10 @@ class ColdStartConfig:
     prompts: int = option(64, "training prompts that are sampled for it")
     rows: int = option(48, "right samples that are kept, at most")
     system_prompt: str = option("", "system message while sampling; empty: text.system_prompt")
-    sft: SftConfig = option(SftConfig(steps=20, batch_size=8, max_length=96, lr=2e-5), "how the model learns them")
+    sft: SftConfig = option(
+        SftConfig(steps=20, batch_size=8, max_length=96, lr=2e-5),
+        "how the model learns them; with a `path`, that file is learned and nothing is sampled",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +293,8 @@ def from_dict(values: Any, source: str = "config") -> Config:
 
 def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise InputError(f"{source}: {prefix[:-1]}={values!r} must be a section of fields: {', '.join(fields)}")
     values = dict(values.items())
     for name in values:
         if name not in fields:
@@ -330,10 +336,57 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def value_of(config: Any, name: str) -> Any:
+    """The value of a field by its dotted name."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def config_markdown() -> str:
+    """The page docs/config.md: every field with its default, its choices and what it does."""
+    top = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.default)]
+    lines = [
+        "# Options",
+        "",
+        "Every field of an experiment, generated from `grpo_jax/config.py`. In a config file write",
+        "`c.optim.lr = 1e-4`, on the command line `--config.optim.lr=1e-4`.",
+        "",
+        *_markdown_table(top),
+    ]
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.default):
+            lines += _markdown_section(section.name, section.default, section.metadata["doc"])
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_section(name: str, section: Any, doc: str) -> list[str]:
+    nested = [f for f in dataclasses.fields(section) if dataclasses.is_dataclass(f.default)]
+    plain = [f for f in dataclasses.fields(section) if f not in nested]
+    about = [(type(section).__doc__ or "").strip()] + ([f"({doc})"] if doc else [])
+    lines = ["", f"## {name}", "", " ".join(about), "", *_markdown_table(plain, section, f"{name}.")]
+    for f in nested:
+        lines += _markdown_section(f"{name}.{f.name}", getattr(section, f.name), f.metadata["doc"])
+    return lines
+
+
+def _markdown_table(fields: list[dataclasses.Field], section: Any = None, prefix: str = "") -> list[str]:
+    lines = ["| field | default | choices | meaning |", "| --- | --- | --- | --- |"]
+    for f in fields:
+        default = f.default if section is None else getattr(section, f.name)
+        choices = ", ".join(f"`{choice}`" for choice in f.metadata["choices"])
+        meaning = f.metadata["doc"].replace("|", "\\|")
+        lines.append(f"| `{prefix}{f.name}` | `{default!r}` | {choices} | {meaning} |")
+    return lines
+
+
 def unknown_field(source: str, name: str) -> InputError:
     """The error for a field that does not exist, naming the nearest that does."""
     names = field_names()
     sections = {n.rsplit(".", k)[0] for n in names for k in (1, 2) if n.count(".") >= k}
+    if name in sections:
+        inside = [n for n in names if n.startswith(f"{name}.")]
+        return InputError(f"{source}: {name} is a section: set a field of it: {', '.join(inside)}")
     near = difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.5)
     if not near:
         leaf = name.rsplit(".", 1)[-1]
@@ -361,37 +414,35 @@ def validate(config: Config, source: str = "config") -> None:
 
     def require(ok: bool, field: str, fix: str) -> None:
         if not ok:
-            value: Any = c
-            for part in field.split("."):
-                value = getattr(value, part)
-            raise InputError(f"{source}: {field}={value!r} {fix}")
+            raise InputError(f"{source}: {field}={value_of(c, field)!r} {fix}")
 
     positive = (
         "data.max_prompt_length data.prompts_per_step sampler.max_new_tokens base.layers base.width base.heads "
         "base.kv_heads base.mlp_width objective.num_iterations objective.minibatches train.steps eval.problems "
         "eval.samples eval.final_problems checkpoint.keep data.digits base.sft.steps base.sft.batch_size "
-        "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout"
+        "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout base.vocabulary "
+        "base.worked_sums base.rope_theta base.sft.max_length cold_start.prompts cold_start.rows "
+        "cold_start.sft.max_length sft.max_length optim.eps"
     ).split()
     for name in positive:
-        section: Any = c
-        for part in name.split("."):
-            section = getattr(section, part)
-        require(section > 0, name, "must be positive")
+        require(value_of(c, name) > 0, name, "must be positive")
     not_negative = (
-        "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm optim.warmup_steps "
-        "optim.weight_decay sampler.top_k eval.every eval.majority checkpoint.every log.samples_every log.samples "
-        "model.logits_chunk objective.advantage_epsilon sampler.temperature eval.temperature"
+        "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm "
+        "optim.warmup_steps optim.weight_decay sampler.top_k eval.every eval.majority checkpoint.every "
+        "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
+        "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
+        "eval.alarm_drop"
     ).split()
     for name in not_negative:
-        section = c
-        for part in name.split("."):
-            section = getattr(section, part)
-        require(section >= 0, name, "must not be negative")
+        require(value_of(c, name) >= 0, name, "must not be negative")
     require(c.sampler.group_size >= 2, "sampler.group_size", "must be at least 2: a group of 1 has no advantage")
     require(c.sampler.temperature > 0, "sampler.temperature", "must be above 0: greedy groups are all equal")
     require(0 < c.sampler.top_p <= 1, "sampler.top_p", "must be above 0 and at most 1")
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
-    require(0 <= c.objective.epsilon <= 1, "objective.epsilon", "must lie between 0 and 1")
+    for name in ("objective.epsilon", "base.right_share"):
+        require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")
+    for name in ("optim.b1", "optim.b2"):
+        require(0 <= value_of(c, name) < 1, name, "must be at least 0 and below 1")
     require(c.objective.epsilon_high >= 0, "objective.epsilon_high", "must not be negative")
     require(len(c.rewards.names) > 0, "rewards.names", "is empty: name at least one reward")
     require(
@@ -400,6 +451,7 @@ def validate(config: Config, source: str = "config") -> None:
         f"must hold one weight for each of rewards.names={c.rewards.names!r}",
     )
     require(len(set(c.rewards.names)) == len(c.rewards.names), "rewards.names", "names a reward twice")
+    require(not c.base.sft.path, "base.sft.path", "must stay empty: the base learns from base.worked_sums")
     require(c.base.width % c.base.heads == 0, "base.width", f"must divide by base.heads={c.base.heads}")
     require(
         (c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)"
@@ -453,6 +505,19 @@ def config_folders() -> list[pathlib.Path]:
     """Where named configs live: inside the installed package, or beside it in a checkout."""
     package = pathlib.Path(__file__).parent
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def read_config_file(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """What the `get_config()` of an experiment file returns; raises InputError naming the file and what went wrong."""
+    try:
+        made = load_config_module(path).get_config()
+    except InputError:
+        raise
+    except Exception as error:  # whatever a user's file raises
+        raise InputError(f"{path}: raised {type(error).__name__}: {error}: mend the file") from error
+    if not isinstance(made, ml_collections.ConfigDict):
+        raise InputError(f"{path}: get_config() returned {type(made).__name__}: return an ml_collections.ConfigDict")
+    return made
 
 
 def load_config_module(path: pathlib.Path) -> types.ModuleType:

@@ -44,13 +44,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raises InputError when prompts or micro-batches do not split over the devices."""
+    """Raises InputError when prompts, micro-batches or supervised rows do not split over the devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts = config.data.prompts_per_step
     if prompts % shards:
         raise InputError(
             f"config: data.prompts_per_step={prompts} must divide by the {shards} devices of mesh.data x mesh.fsdp"
         )
+    base, cold = config.base.sft.batch_size, config.cold_start.sft.batch_size
+    made = [("base", base)] * (not config.model.path) + [("cold_start", cold)] * config.cold_start.enabled
+    for name, rows in made:
+        if rows % shards:
+            raise InputError(
+                f"config: {name}.sft.batch_size={rows} must divide by the {shards} devices of mesh.data x mesh.fsdp"
+            )
     micro = config.objective.micro_batch_size or config.completions // config.objective.minibatches
     if micro % shards:
         raise InputError(

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
+from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.errors import InputError
 from grpo_jax.models.architecture import Architecture, llama
 from grpo_jax.models.decoder import Decoder, init_params
@@ -14,7 +15,7 @@ from grpo_jax.models.loading import LoadedModel
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import Example, fine_tune, save_model
 from grpo_jax.terminal import Terminal
-from grpo_jax.text import Tokenizer, train_sentencepiece
+from grpo_jax.text import Tokenizer, encode_prompt, train_sentencepiece
 
 SYMBOLS = ("<think>", "</think>", "<answer>", "</answer>")
 DONE = "model"  # the folder that is there only when the base is finished
@@ -29,7 +30,7 @@ def make_base(
     """
     if config.data.source != "arithmetic":
         raise InputError(
-            f"config: model.path='' makes a base for sums, and data.source={config.data.source!r}: name a model to train"
+            f"config: model.path='' makes a base for sums, and data.source={config.data.source!r}: name a model"
         )
     finished = workdir / DONE
     if finished.is_dir():
@@ -43,6 +44,12 @@ def make_base(
         train_sentencepiece((p + c for p, c in pairs), config.base.vocabulary, SYMBOLS, str(tokenizer_path))
     tokenizer = Tokenizer.from_sentencepiece(str(tokenizer_path))
     architecture = base_architecture(config, tokenizer)
+    build_prompt_set(  # raises where held-out prompts break their budget: before anything is compiled
+        held_out,
+        lambda prompt: encode_prompt(prompt, config.text, tokenizer),
+        config.data.max_prompt_length,
+        lambda _: {},
+    )
     module = Decoder(architecture)
     params = jax.jit(lambda key: init_params(module, key))(jax.random.key(config.seed))
     examples = [_example(tokenizer, prompt, completion) for prompt, completion in pairs]

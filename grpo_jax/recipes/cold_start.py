@@ -45,11 +45,11 @@ def make_cold_start(
     if finished.is_dir():
         return str(finished)
     folder.mkdir(exist_ok=True)
-    chats = folder / "samples.jsonl"
-    if not chats.exists():
+    sft = config.cold_start.sft
+    chats = pathlib.Path(sft.path or folder / "samples.jsonl")
+    if not sft.path and not chats.exists():
         terminal.say("cold start: sampling the model for right answers")
         write_samples(config, model, rows["train"], mesh, chats, terminal)
-    sft = config.cold_start.sft
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
     params = jax.device_put(model.params, shardings(model.params, mesh))

@@ -5,9 +5,9 @@ import jax
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
-from grpo_jax.models.loading import load_model, parameter_table
+from grpo_jax.models.loading import parameter_table
 from grpo_jax.parallel import check_batch, make_mesh, partition_spec
-from grpo_jax.recipes.grpo import prepare, read_rows, with_end_tokens
+from grpo_jax.recipes.grpo import check_inputs, read_rows
 from grpo_jax.terminal import Terminal
 
 
@@ -33,10 +33,8 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
     terminal.say(
         f"prompts of up to {config.data.max_prompt_length} tokens, completions of up to {config.sampler.max_new_tokens}"
     )
-    if config.model.path:
-        model = with_end_tokens(load_model(config.model.path), config)
-        if not config.cold_start.enabled:
-            prepare(config, model, rows, mesh)
+    model = check_inputs(config, rows, mesh)
+    if model is not None:
         params = model.params
     else:
         b = config.base

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, config_file, from_dict, load_config_module, parse_duration
+from grpo_jax.config import Config, config_file, from_dict, parse_duration, read_config_file
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch, row_order
 from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
@@ -31,7 +31,7 @@ from grpo_jax.parallel import check_batch, make_mesh, row_sharding, shardings
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
-from grpo_jax.recipes.loop import Loop, Stop, open_workdir
+from grpo_jax.recipes.loop import Loop, Stop, check_workdir, open_workdir
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
 from grpo_jax.terminal import Terminal
@@ -62,7 +62,7 @@ def train(
     name = config if isinstance(config, str) else "run"
     if isinstance(config, str):
         path = config_file(config)
-        name, config = path.stem, from_dict(load_config_module(path).get_config(), str(path))
+        name, config = path.stem, from_dict(read_config_file(path), str(path))
     elif not isinstance(config, Config):
         config = from_dict(config)
     functions = {function.__name__: function for function in rewards or ()}
@@ -89,11 +89,13 @@ def run(
     terminal = terminal or Terminal()
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_workdir(workdir, config)
+    rows = {split: read_rows(config, split, dataset) for split in ("train", "eval")}
+    model = check_inputs(config, rows, mesh, rewards)
     open_workdir(workdir, config)
     budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
     with Stop(budget) as stop, CompileCounter() as compiles, terminal:
-        rows = {split: read_rows(config, split, dataset) for split in ("train", "eval")}
-        model = starting_model(config, rows, mesh, workdir, stop, terminal)
+        model = starting_model(config, model, rows, mesh, workdir, stop, terminal)
         parts, prompts, evaluator = prepare(config, model, rows, mesh, rewards)
         terminal.announce(
             config.data.prompts_per_step,
@@ -125,12 +127,35 @@ def read_rows(config: Config, split: str, dataset: Sequence[dict] | None) -> lis
     return rows[:-held] if split == "train" else rows[-held:]
 
 
+def check_inputs(
+    config: Config, rows: dict[str, list[dict]], mesh: Mesh, rewards: Rewards | None = None
+) -> LoadedModel | None:
+    """The model that `model.path` names (None: the run makes one) after every check that needs no workdir.
+
+    Raises InputError for rewards, answers, weights, tokenizer, end tokens and prompts that would fail later.
+    """
+    for split in ("train", "eval"):
+        build_scorer(config.rewards, [b""], rows[split], lambda ids: "", mesh, dict(rewards) if rewards else None)
+    if not config.model.path:
+        return None
+    model = with_end_tokens(load_model(config.model.path), config)
+    prepare(config, model, rows, mesh, rewards)
+    return model
+
+
 def starting_model(
-    config: Config, rows: dict[str, list[dict]], mesh: Mesh, workdir: pathlib.Path, stop: Stop, terminal: Terminal
+    config: Config,
+    model: LoadedModel | None,
+    rows: dict[str, list[dict]],
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
 ) -> LoadedModel:
     """The model that GRPO starts from: as loaded, or made in the run, or after its cold start."""
-    path = config.model.path or make_base(config, rows["eval"], mesh, workdir / "base", stop, terminal)
-    model = with_end_tokens(load_model(path), config)
+    if model is None:
+        path = make_base(config, rows["eval"], mesh, workdir / "base", stop, terminal)
+        model = with_end_tokens(load_model(path), config)
     if not config.cold_start.enabled:
         return model
     return with_end_tokens(load_model(make_cold_start(config, model, rows, mesh, workdir, stop, terminal)), config)
@@ -147,7 +172,7 @@ def with_end_tokens(model: LoadedModel, config: Config) -> LoadedModel:
 def prepare(
     config: Config, model: LoadedModel, rows: dict[str, list[dict]], mesh: Mesh, rewards: Rewards | None = None
 ) -> tuple[StepParts, PromptSet, Evaluator]:
-    """Everything that a step needs, checked: prompts within their budget, rewards that exist, answers that are there."""
+    """Everything that a step needs, checked: prompts within their budget, rewards that exist, answers there."""
     tokenizer = model.tokenizer
     token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
     scorers, sets = {}, {}
@@ -368,7 +393,7 @@ class Recorder:
         limit = s.config.train.halt_when_nonfinite
         if limit and int(metrics.skipped_in_row) >= limit:
             raise InputError(
-                f"{s.workdir}: {int(metrics.skipped_in_row)} updates in a row were not finite, the last at step {done}; "
+                f"{s.workdir}: {int(metrics.skipped_in_row)} updates in a row were not finite, last at step {done}; "
                 f"the checkpoints before are kept: lower optim.lr={s.config.optim.lr}, or see {path}"
             )
 

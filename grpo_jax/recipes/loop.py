@@ -62,32 +62,36 @@ class Stopped(Exception):
 
 
 def open_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the folder of a run, or takes up the run that is in it.
+    """Makes the folder of a run, or takes up the run that is in it; raises InputError as `check_workdir`."""
+    check_workdir(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomic(workdir / "config.json", to_json(config) + "\n")
 
-    Raises InputError when it holds something else, or a run with another config.
-    """
+
+def check_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Raises InputError when a folder holds something else than a run, or a run with another config; writes nothing."""
     path = workdir / "config.json"
-    text = to_json(config) + "\n"
     if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError(f"--workdir {workdir}: is a file: name a folder")
         if workdir.exists() and any(workdir.iterdir()):
             raise InputError(
                 f"--workdir {workdir}: holds files but no config.json, so no run to go on with: name another"
             )
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
         return
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}): name another --workdir") from error
-    old, new = _flat(held), _flat(json.loads(text))
+    if not isinstance(held, dict) or "seed" not in held:
+        raise InputError(f"{path}: is not the config of a run: name another --workdir")
+    old, new = _flat(held), _flat(json.loads(to_json(config)))
     for name in [*new, *(n for n in old if n not in new)]:
         if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE):
             raise InputError(
                 f"--workdir {workdir}: holds a run with {name}={old.get(name)!r}, this one has {new.get(name)!r}: "
                 "name another --workdir, or use the same config to go on"
             )
-    write_atomic(path, text)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
