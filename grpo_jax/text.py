@@ -650,7 +650,7 @@ def train_sentencepiece(sentences: Iterable[str], vocabulary: int, symbols: tupl
             bos_id=2,
             unk_id=3,
             num_threads=1,
-            max_sentence_length=max(len(row.encode()) for row in rows) + 1,
+            max_sentence_length=max(10, *(len(row.encode()) + 1 for row in rows)),  # 10 is the least it takes
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
