@@ -50,7 +50,7 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
             tied=b.tied,
         )
         terminal.say(f"the base is made in the run; its vocabulary is at most {b.vocabulary}")
-        params = jax.eval_shape(lambda key: init_params(Decoder(sizes), key), jax.random.key(0))
+        params = jax.eval_shape(lambda: init_params(Decoder(sizes), jax.random.key(0)))
     table = parameter_table(params)
     terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in table)
     for path, shape, _, _ in table:
