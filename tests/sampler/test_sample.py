@@ -1,0 +1,251 @@
+"""The sampler: noise by names alone, truncation and log-probabilities against numpy, ends and early exit."""
+
+import dataclasses
+import functools
+
+import bigram
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_decoder
+import pytest
+import tiny
+
+from grpo_jax.config import SamplerConfig
+from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.sampler.draw import draw_tokens, row_keys, truncate
+from grpo_jax.sampler.sample import sample
+from grpo_jax.step import EVALUATION, TRAINING, noise_key
+
+ARCHITECTURE = tiny.architecture()
+PARAMS = tiny.params(ARCHITECTURE)
+N, G, T = 3, 3, 6
+CONFIG = SamplerConfig(group_size=G, max_new_tokens=T)
+PROMPTS = tiny.prompts(tiny.config(**{"data.prompts_per_step": N}), first_draw=10)
+KEY = noise_key(0, TRAINING, 0)
+
+
+@functools.cache
+def compiled():
+    module, variables = Decoder(ARCHITECTURE, scanned=False), unstack({"params": PARAMS}, ARCHITECTURE)
+    return jax.jit(lambda prompts, key: sample(module, variables, prompts, key, CONFIG, tiny.END_IDS))
+
+
+def draw(prompts=PROMPTS, key=KEY):
+    """A rollout of the decoder on the host."""
+    return jax.device_get(compiled()(prompts, key))
+
+
+def draw_bigram(config, prompts=PROMPTS, key=KEY, end_ids=tiny.END_IDS, module=None):
+    """A rollout of the bigram table on the host."""
+    module = module or bigram.Bigram()
+    run = jax.jit(lambda prompts: sample(module, {"params": bigram.params()}, prompts, key, config, end_ids))
+    return jax.device_get(run(prompts))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return draw()
+
+
+def rows_of(prompt):
+    return slice(prompt * G, (prompt + 1) * G)
+
+
+# Noise is a function of names.
+
+
+def test_a_batch_of_one_draws_the_tokens_of_a_batch_of_many(base):
+    for n in range(N):
+        alone = draw(jax.tree.map(lambda x, n=n: x[n : n + 1], PROMPTS))
+        for name in ("tokens", "lengths", "ended", "prompt_lengths", "draw"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(base, name)[rows_of(n)], err_msg=name)
+        np.testing.assert_allclose(alone.logps, base.logps[rows_of(n)], atol=1e-5)
+
+
+def test_the_order_of_prompts_permutes_rows(base):
+    order = np.array([2, 0, 1])
+    moved = draw(jax.tree.map(lambda x: x[order], PROMPTS))
+    rows = (order[:, None] * G + np.arange(G)).reshape(-1)
+    np.testing.assert_array_equal(moved.tokens, base.tokens[rows])
+    np.testing.assert_array_equal(moved.draw, base.draw[rows])
+    np.testing.assert_array_equal(moved.group, np.repeat(np.arange(N), G))
+
+
+def test_padding_of_prompts_changes_no_token(base):
+    more = np.full((N, 4), 9, np.int32)
+    junk = np.where(np.arange(7) < 7 - PROMPTS.lengths[:, None], 9, PROMPTS.tokens)
+    wide = draw(PROMPTS.replace(tokens=np.concatenate([more, junk], axis=1)))
+    np.testing.assert_array_equal(wide.tokens, base.tokens)
+    np.testing.assert_allclose(wide.logps, base.logps, atol=1e-5)
+
+
+def test_filler_rows_are_empty_and_leave_the_others_alone(base):
+    got = draw(PROMPTS.replace(weight=np.array([1, 0, 1], np.float32)))
+    filler = rows_of(1)
+    assert not got.tokens[filler].any() and not got.lengths[filler].any() and not got.ended[filler].any()
+    assert not got.mask[filler].any() and not got.weight[filler].any() and not got.logps[filler].any()
+    real = np.delete(np.arange(N * G), np.arange(N * G)[filler])
+    np.testing.assert_array_equal(got.tokens[real], base.tokens[real])
+    assert got.weight[real].all()
+
+
+def test_every_name_of_the_noise_changes_the_tokens(base):
+    assert len({tuple(row) for row in base.tokens.tolist()}) == N * G  # sample indices, at the least
+    changed = {
+        "seed": draw(key=noise_key(1, TRAINING, 0)),
+        "step": draw(key=noise_key(0, TRAINING, 1)),
+        "stream": draw(key=noise_key(0, EVALUATION, 0)),
+        "draw": draw(PROMPTS.replace(draw=PROMPTS.draw + N)),
+    }
+    for name, rollout in changed.items():
+        assert not np.array_equal(rollout.tokens, base.tokens), name
+    np.testing.assert_array_equal(draw().tokens, base.tokens)
+
+
+def test_the_same_row_drawn_twice_in_a_step_gets_other_noise():
+    twice = draw(jax.tree.map(lambda x: x[[0, 0, 1]], PROMPTS).replace(draw=np.array([4, 9, 5], np.int32)))
+    assert not np.array_equal(twice.tokens[rows_of(0)], twice.tokens[rows_of(1)])
+    np.testing.assert_array_equal(twice.prompt_tokens[rows_of(0)], twice.prompt_tokens[rows_of(1)])
+
+
+def test_noise_does_not_depend_on_group_size_or_budget():
+    small = draw_bigram(SamplerConfig(group_size=2, max_new_tokens=4))
+    large = draw_bigram(SamplerConfig(group_size=3, max_new_tokens=6))
+    first = large.tokens.reshape(N, 3, 6)[:, :2, :4].reshape(-1, 4)
+    np.testing.assert_array_equal(small.tokens, first)
+
+
+def test_positions_and_keys_give_noise_of_their_own():
+    keys = row_keys(KEY, jnp.array([3, 4]), 2)
+    data = np.asarray(jax.random.key_data(keys)).tolist()
+    assert len({tuple(k) for k in data}) == 4
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(KEY, jnp.array([4]), 2)), data[2:])
+    logits = jnp.zeros((4, 1000))
+    tokens = [np.asarray(draw_tokens(logits, keys, jnp.int32(p), CONFIG)[0]) for p in range(5)]
+    assert len(np.unique(tokens)) > 15  # of 20; equal noise anywhere would leave few
+
+
+# What is drawn, and its log-probability.
+
+
+def test_log_probabilities_of_the_decoder_against_numpy(base):
+    for b in range(N * G):
+        prompt = PROMPTS.tokens[b // G, 7 - PROMPTS.lengths[b // G] :]
+        n = base.lengths[b]
+        want = numpy_decoder.completion_logps(PARAMS, ARCHITECTURE, prompt, base.tokens[b, :n])
+        np.testing.assert_allclose(base.logps[b, :n], want, atol=1e-5)
+    np.testing.assert_array_equal(base.logps, base.sampled_logps)
+    padding = np.arange(T) >= base.lengths[:, None]
+    assert not base.tokens[padding].any() and not base.logps[padding].any() and not base.mask[padding].any()
+    assert base.mask[~padding].all()
+
+
+def numpy_truncate(row, top_k, top_p):
+    """Which tokens stay, one by one from the likeliest; ties at the border stay together."""
+    row = row.astype(np.float64)
+    kept = np.isfinite(row)
+    if top_k:
+        kept &= row >= np.sort(row)[::-1][top_k - 1]
+    if top_p < 1:
+        p = np.where(kept, np.exp(row - row[kept].max()), 0)
+        p /= p.sum()
+        mass, least = 0.0, None
+        for i in np.argsort(-p, kind="stable"):
+            if mass >= top_p:
+                break
+            mass, least = mass + p[i], row[i]
+        kept &= row >= least
+    return kept
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.3), (0, 0.9), (5, 0.7), (0, 1e-6), (40, 1.0)])
+def test_truncation_against_numpy(top_k, top_p):
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (40, 11)).astype(np.float32)
+    logits[10:20] = np.round(logits[10:20])  # ties
+    logits[20:30][random.random((10, 11)) < 0.4] = -np.inf
+    logits[30:] = logits[30:, :1]  # all equal
+    logits[20:, 0] = np.maximum(logits[20:, 0], 0)
+    got = np.asarray(truncate(jnp.asarray(logits), SamplerConfig(top_k=top_k, top_p=top_p)))
+    want = np.stack([numpy_truncate(row, min(top_k, 11), top_p) for row in logits])
+    np.testing.assert_array_equal(np.isfinite(got), want)
+    np.testing.assert_array_equal(got[want], logits[want])
+
+
+def test_both_log_probabilities_after_temperature_and_truncation():
+    config = SamplerConfig(group_size=G, max_new_tokens=T, temperature=0.7, top_k=6, top_p=0.8)
+    rollout = draw_bigram(config)
+    full, p = bigram.logps_of(bigram.params()["table"], rollout, 0.7)
+    for b, t in zip(*np.nonzero(rollout.mask), strict=True):
+        kept = numpy_truncate(np.log(p[b, t]), 6, 0.8)
+        token = rollout.tokens[b, t]
+        assert kept[token]
+        np.testing.assert_allclose(rollout.logps[b, t], full[b, t], atol=2e-6)
+        np.testing.assert_allclose(rollout.sampled_logps[b, t], full[b, t] - np.log(p[b, t][kept].sum()), atol=2e-6)
+    assert (rollout.sampled_logps >= rollout.logps - 1e-6).all() and (rollout.sampled_logps > rollout.logps + 0.1).any()
+
+
+def test_greedy_takes_the_likeliest_and_tells_the_law_of_temperature_one():
+    rollout = draw_bigram(SamplerConfig(group_size=2, max_new_tokens=T, temperature=0.0), end_ids=(1,))
+    table = bigram.params()["table"]
+    for b, n in enumerate(rollout.lengths):
+        token = rollout.prompt_tokens[b, -1]
+        for t in range(n):
+            token = table[token].argmax()
+            assert rollout.tokens[b, t] == token
+    logps, _ = bigram.logps_of(table, rollout)
+    np.testing.assert_allclose(rollout.logps, np.where(rollout.mask == 1, logps, 0), atol=2e-6)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (2.0, 0), (1.0, 3)])
+def test_frequencies_are_those_of_the_law(temperature, top_k):
+    count, logits = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
+    config = SamplerConfig(temperature=temperature, top_k=top_k)
+    keys = row_keys(KEY, jnp.arange(count // 4), 4)
+    tokens, _, sampled = draw_tokens(jnp.tile(logits, (count, 1)), keys, jnp.int32(2), config)
+    law = np.exp(logits / temperature) * numpy_truncate(logits, top_k, 1.0)
+    law /= law.sum()
+    got = np.bincount(np.asarray(tokens), minlength=6)
+    assert not got[law == 0].any()
+    np.testing.assert_allclose(np.exp(sampled), law[np.asarray(tokens)], rtol=1e-5)
+    real = law > 0
+    chi_square = ((got - count * law)[real] ** 2 / (count * law[real])).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: 0.999 of the law's own draws lie below
+
+
+# Ends.
+
+
+def test_each_end_token_ends_a_row_and_counts_as_its_last_token():
+    ends = (1, 7, 20)
+    rollout = draw_bigram(SamplerConfig(group_size=16, max_new_tokens=T), end_ids=ends)
+    for tokens, n, ended in zip(rollout.tokens, rollout.lengths, rollout.ended, strict=True):
+        assert not set(tokens[: n - 1].tolist()) & set(ends)
+        assert ended == (tokens[n - 1] in ends) and (ended or n == T)
+    last = {tokens[n - 1] for tokens, n in zip(rollout.tokens, rollout.lengths, strict=True)}
+    assert set(ends) < last and not rollout.ended.all()  # each of them happened, and the budget too
+    np.testing.assert_array_equal(rollout.mask, np.arange(T) < rollout.lengths[:, None])
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    passes = []
+
+    class Counting(bigram.Bigram):
+        def __call__(self, tokens, positions, segments, cache=None):
+            jax.debug.callback(lambda: passes.append(tokens.shape[1]))
+            return super().__call__(tokens, positions, segments, cache)
+
+    for ends, config in (((1, 7, 20), SamplerConfig(group_size=2, max_new_tokens=40)), ((1,), CONFIG)):
+        passes.clear()
+        rollout = draw_bigram(config, end_ids=ends, module=Counting())
+        jax.effects_barrier()
+        assert sorted(passes) == [1] * (rollout.lengths.max() - 1) + [7]  # the prompts once, then token by token
+        assert rollout.ended.all() == (config is not CONFIG)
+    assert rollout.lengths.max() == T
+
+
+def test_nothing_is_decoded_after_a_first_token_that_ends_every_row():
+    everything = tuple(range(tiny.VOCABULARY))
+    rollout = draw_bigram(dataclasses.replace(CONFIG, max_new_tokens=9), end_ids=everything)
+    assert (rollout.lengths == 1).all() and rollout.ended.all()
