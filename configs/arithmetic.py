@@ -14,7 +14,8 @@ def get_config():
     """Two-digit sums, 16 prompts x 8 completions a step."""
     c = default_config()
     c.base.right_share = 0.36
-    c.base.sft.steps = 600
+    c.base.worked_sums = 12_000
+    c.base.sft.steps = 400
     c.base.sft.batch_size = 32
     c.base.sft.max_length = 32
     c.data.source = "arithmetic"

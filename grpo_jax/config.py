@@ -63,7 +63,7 @@ class BaseConfig:
     heads: int = option(4, "query heads")
     kv_heads: int = option(2, "key and value heads")
     mlp_width: int = option(512, "width of the gated MLP")
-    rope_theta: float = option(10_000.0, "base of the rotary angles")
+    rope_theta: float = option(100.0, "base of the rotary angles; small, as the texts are short")
     tied: bool = option(True, "the embedding is the output matrix too")
     vocabulary: int = option(96, "upper bound on the pieces of the SentencePiece tokenizer trained in the run")
     worked_sums: int = option(6000, "rows of mixed quality that tokenizer and base model learn from")

@@ -210,13 +210,14 @@ def completion_logps(
 
 
 def split(batch: Any, minibatches: int, micros: int) -> Any:
-    """[B, ...] to [minibatches, micros, rows, ...], taking every k-th row, so that a split of the rows
-    over devices gives each device its share of every piece.
+    """[B, ...] to [minibatches, micros, rows, ...]: row b belongs to minibatch b % minibatches, whatever the micros.
+
+    Every piece takes rows at a stride, so that a split of the rows over devices gives each device its share of it.
     """
 
     def leaf(x: Array) -> Array:
-        pieces = x.reshape(-1, minibatches * micros, *x.shape[1:]).swapaxes(0, 1)
-        return pieces.reshape(minibatches, micros, *pieces.shape[1:])
+        rows = x.reshape(-1, micros, minibatches, *x.shape[1:])
+        return rows.swapaxes(0, 2)
 
     return jax.tree.map(leaf, batch)
 

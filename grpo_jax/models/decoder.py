@@ -35,7 +35,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Projects the last axis to `features`."""
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         # Rows are flattened: XLA's CPU backend computes the gradient of x [B, S, I] @ W, a product contracted
         # over two axes, three times slower than over one (whole gradient of a small decoder: 0.97 to 0.26 s).
         rows = x.reshape(-1, x.shape[-1])
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
         a = self.architecture
-        self.embed = nn.Embed(a.vocabulary, a.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype)
+        self.embed = nn.Embed(a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         if self.scanned:
             scan = nn.scan(
@@ -190,7 +190,10 @@ class Decoder(nn.Module):
 
 
 def init_params(module: Decoder, key: jax.Array) -> dict:
-    """Fresh float32 parameters in the scanned layout: normal(0.02), norms 1."""
+    """Fresh float32 parameters in the scanned layout: kernels of variance 1 / inputs, embeddings 1 / D, norms 1.
+
+    Not Llama's normal(0.02), which is right for widths near 2,500: at width 128 a base learns sums three times slower.
+    """
     tokens = jnp.zeros((1, 2), jnp.int32)
 
     def both(module: Decoder, tokens):

@@ -49,7 +49,7 @@ def make_cold_start(
     chats = pathlib.Path(sft.path or folder / "samples.jsonl")
     if not sft.path and not chats.exists():
         terminal.say("cold start: sampling the model for right answers")
-        write_samples(config, model, rows["train"], mesh, chats, terminal)
+        write_samples(config, model, rows["train"], mesh, chats, stop, terminal)
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
     params = jax.device_put(model.params, shardings(model.params, mesh))
@@ -58,7 +58,13 @@ def make_cold_start(
 
 
 def write_samples(
-    config: Config, model: LoadedModel, rows: list[dict], mesh: Mesh, path: pathlib.Path, terminal: Terminal
+    config: Config,
+    model: LoadedModel,
+    rows: list[dict],
+    mesh: Mesh,
+    path: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
 ) -> None:
     """Right samples (their last number is the answer) of the model, one a prompt, as chats in the answer format."""
     cold = config.cold_start
@@ -80,12 +86,13 @@ def write_samples(
     )
     params = jax.device_put(model.params, shardings(model.params, mesh))
     evaluator = Evaluator(parts, prompts, scorer, tokenizer)
-    records = evaluator.sample({"params": params}, len(chosen), config.sampler.group_size, 1.0, 1.0, 0)
+    group, what = config.sampler.group_size, "while sampling for the cold start"
+    records = evaluator.sample({"params": params}, len(chosen), group, 1.0, 1.0, 0, lambda: stop.check(what))
     right = [r for r in records if r["right"] and r["ended"]]
     kept: dict[int, dict] = {}
     for record in sorted(right, key=lambda r: r["length"]):
         kept.setdefault(record["problem"], record)
-    lines = [chat(record, config.text.system_prompt) for record in list(kept.values())[: cold.rows]]
+    lines = [chat(record) for record in list(kept.values())[: cold.rows]]
     if not lines:
         raise InputError(
             f"config: cold_start.prompts={cold.prompts}: none of {len(records)} samples was right: raise it, or start "
@@ -95,11 +102,9 @@ def write_samples(
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def chat(record: dict, system_prompt: str) -> dict:
+def chat(record: dict) -> dict:
     """A right sample as a chat row: what the model said, then its answer in the format to learn."""
-    said = record["completion"].strip()
-    messages = [
-        {"role": "user", "content": record["prompt"]},
-        {"role": "assistant", "content": f"{said}\n<answer>{record['answer']}</answer>"},
-    ]
-    return {"messages": messages}
+    prompt, said = record["prompt"], record["completion"].strip()
+    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    learned = {"role": "assistant", "content": f"{said}\n<answer>{record['answer']}</answer>"}
+    return {"messages": [*asked, learned]}

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,9 +68,19 @@ class Evaluator:
         return self._samplers[key]
 
     def sample(
-        self, variables: Any, problems: int, samples: int, temperature: float, top_p: float, step: int
+        self,
+        variables: Any,
+        problems: int,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        step: int,
+        between: Callable[[], None] = lambda: None,
     ) -> list[dict]:
-        """One record a completion of the first `problems` problems, in order, scored by component."""
+        """One record a completion of the first `problems` problems, in order, scored by component.
+
+        `between` is called before each batch; it may raise to end a long evaluation.
+        """
         shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
         at_once = max(self.parts.config.completions // samples // shards, 1) * shards
         program = self._sampler(samples, temperature, top_p)
@@ -78,6 +88,7 @@ class Evaluator:
         fetch, records = Fetcher(), []
         length = self.parts.config.data.max_prompt_length
         for batch in make_eval_batches(self.prompts, at_once, length, problems):
+            between()
             prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
             rollout = program(variables, prompts, noise)
             scores = self.scorer.score_on_host(prompts, rollout, self._scores, fetch)
@@ -108,15 +119,17 @@ class Evaluator:
             )
         return records
 
-    def measure(self, variables: Any, problems: int, samples: int, step: int) -> tuple[dict[str, Any], list[dict]]:
+    def measure(
+        self, variables: Any, problems: int, samples: int, step: int, between: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], list[dict]]:
         """pass@1 and what stands beside it at eval.temperature, and the records they come from."""
         config = self.parts.config.eval
-        records = self.sample(variables, problems, samples, config.temperature, config.top_p, step)
+        records = self.sample(variables, problems, samples, config.temperature, config.top_p, step, between)
         return summarise(records), records
 
-    def greedy(self, variables: Any, problems: int, step: int) -> float:
+    def greedy(self, variables: Any, problems: int, step: int, between: Callable[[], None] = lambda: None) -> float:
         """Share of problems that greedy decoding gets right."""
-        return float(np.mean([r["right"] for r in self.sample(variables, problems, 1, 0.0, 1.0, step)]))
+        return float(np.mean([r["right"] for r in self.sample(variables, problems, 1, 0.0, 1.0, step, between)]))
 
 
 def summarise(records: Sequence[dict]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def run(
         terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in parameter_table(model.params))
         session = Session(parts, prompts, evaluator, workdir, stop, terminal, compiles)
         state = session.train(model)
-        return session.finish(state, time.perf_counter() - began)
+        return session.finish(state, began)
 
 
 def read_rows(config: Config, split: str, dataset: Sequence[dict] | None) -> list[dict]:
@@ -245,6 +245,7 @@ class Session:
         """From the newest checkpoint, or from the start, to the last step."""
         config, total = self.config, self.config.train.steps
         state = initial_state(self.parts, model)
+        self.measure_once("before", state, 0)
         program = Program(self.parts, state)
         with Checkpoints(self.workdir / "checkpoints", config.checkpoint.keep, self.terminal.warn) as checkpoints:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -257,7 +258,6 @@ class Session:
                 self.best = max(
                     (x.get("eval/pass@1", self.best) for x in lines if x["step"] <= first), default=self.best
                 )
-            self.measure_once("before", state, first)
             with RunWriter(self.workdir, config.log, first or None, dataclasses.asdict(config)) as writer:
                 if first < total:
                     with self.terminal.compiling("the step"):
@@ -276,7 +276,10 @@ class Session:
                 return loop.run(state, first)
 
     def measure_once(self, name: str, state: TrainState, step: int) -> dict[str, Any]:
-        """The held-out scores of the `before` or `after` table, read from their file when they are there."""
+        """The held-out scores of the `before` or `after` table, read from their file when they are there.
+
+        Raises Stopped when the run is asked to end: all training so far is saved then.
+        """
         path = self.workdir / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -284,8 +287,12 @@ class Session:
         self.terminal.say(f"evaluating {name} training on held-out problems")
         variables = {**state.frozen, **state.trainable}
         samples = max(config.samples, config.majority)
-        found, records = self.evaluator.measure(variables, config.final_problems, samples, step)
-        found["greedy"] = self.evaluator.greedy(variables, config.final_problems, step)
+
+        def between() -> None:
+            self.stop.check(f"while evaluating {name} training; saved")
+
+        found, records = self.evaluator.measure(variables, config.final_problems, samples, step, between)
+        found["greedy"] = self.evaluator.greedy(variables, config.final_problems, step, between)
         if config.majority == 0:
             found.pop("majority", None)
         with open(self.workdir / f"{name}.samples.jsonl", "w", encoding="utf-8") as file:
@@ -313,9 +320,10 @@ class Session:
         }
         return {label: found[name] for name, label in names.items() if name in found}
 
-    def finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
+    def finish(self, state: TrainState, began: float) -> dict[str, Any]:
         """After-training scores, summary.json, report.html and what the terminal shows of them."""
         before, after = (self.measure_once(name, state, self.config.train.steps) for name in ("before", "after"))
+        seconds = time.perf_counter() - began
         summary = {
             "before": before,
             "after": after,

@@ -21,6 +21,11 @@ from grpo_jax.errors import InputError
 from grpo_jax.metrics import write_atomic
 
 MAY_CHANGE = ("train.time_budget", "log.", "checkpoint.every", "checkpoint.keep", "eval.alarm_drop")
+TEMPORARY = ".*.tmp"  # what a kill in the middle of write_atomic leaves
+
+
+class Stopped(Exception):
+    """The run was asked to end and has saved all it needs to go on."""
 
 
 class Stop:
@@ -30,7 +35,6 @@ class Stop:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._signal: int | None = None
         self._earlier: dict[int, Any] = {}
-        self._slowest = 0.0
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -47,24 +51,26 @@ class Stop:
             raise KeyboardInterrupt
         self._signal = number
 
-    def reason(self, step_seconds: float = 0.0) -> str | None:
-        """Why to stop now, or None; a run stops when a step as slow as the slowest so far would end too late."""
-        self._slowest = max(self._slowest, step_seconds)
+    def reason(self, needed: float = 0.0) -> str | None:
+        """Why to stop now, or None; `needed` is how many seconds going on takes at least."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self._deadline is not None and time.monotonic() + self._slowest > self._deadline:
+        if self._deadline is not None and time.monotonic() + needed > self._deadline:
             return "the time budget"
         return None
 
-
-class Stopped(Exception):
-    """The run was asked to end and has saved all it needs to go on."""
+    def check(self, where: str, needed: float = 0.0) -> None:
+        """Raises Stopped when there is a reason to stop; for places where all that is done is saved."""
+        if reason := self.reason(needed):
+            raise Stopped(f"stopped by {reason} {where}")
 
 
 def open_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Makes the folder of a run, or takes up the run that is in it; raises InputError as `check_workdir`."""
     check_workdir(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
+    for path in workdir.glob(TEMPORARY):
+        path.unlink()
     write_atomic(workdir / "config.json", to_json(config) + "\n")
 
 
@@ -74,7 +80,7 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
     if not path.exists():
         if workdir.exists() and not workdir.is_dir():
             raise InputError(f"--workdir {workdir}: is a file: name a folder")
-        if workdir.exists() and any(workdir.iterdir()):
+        if workdir.exists() and not all(found.match(TEMPORARY) for found in workdir.iterdir()):
             raise InputError(
                 f"--workdir {workdir}: holds files but no config.json, so no run to go on with: name another"
             )
@@ -131,6 +137,9 @@ class Loop:
     def run(self, state: Any, first: int) -> Any:
         """The state after the last step; raises Stopped after saving when the run is asked to end."""
         waiting: tuple[int, Any, Any] | None = None
+        slowest = pause = 0.0  # seconds of a step, and of what is done between steps
+        if first < self.steps:
+            self.stop.check(f"before step {first + 1} of {self.steps}")
         mark = time.perf_counter()
         for step in range(first, self.steps):
             with jax.profiler.StepTraceAnnotation("step", step_num=step), jax.transfer_guard("disallow"):
@@ -138,16 +147,19 @@ class Loop:
             if waiting is not None:
                 seconds, mark = self._seconds(waiting[1], mark)
                 self.record(*waiting, {}, seconds)
+                slowest = max(slowest, seconds)
             done, waiting = step + 1, (step + 1, metrics, details)
             last = done == self.steps
             evaluate = self.evaluate_at(done)
-            reason = self.stop.reason(time.perf_counter() - mark)
+            # This step is still on its way; to go on is to do one more and the saving after it.
+            reason = self.stop.reason(2 * slowest + pause)
             if last or evaluate or reason or (self.save_every > 0 and done % self.save_every == 0):
                 seconds, mark = self._seconds(metrics, mark)
                 found = self.evaluate(done, state) if evaluate else {}
                 self.record(*waiting, found, seconds)
                 waiting = None
                 self.checkpoints.save(done, state, {"step": done}, found.get(self.score))
+                slowest, pause = max(slowest, seconds), max(pause, time.perf_counter() - mark)
                 mark = time.perf_counter()
             if reason and not last:
                 self.checkpoints.wait()

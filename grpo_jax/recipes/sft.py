@@ -31,6 +31,8 @@ from grpo_jax.recipes.loop import Loop, Stop, open_workdir
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
+OPEN_PACKS = 64  # packs that first fit looks at: the last ones, so that packing n examples takes O(n)
+
 Example = tuple[list[int], list[int]]  # token ids, and 1 where the loss counts
 
 
@@ -45,10 +47,11 @@ class SftState:
 
 @flax.struct.dataclass
 class SftBatch:
-    """Rows padded on the right; `mask` is 1 on the tokens that are learned."""
+    """Packs of examples; `segments` numbers the examples of a pack from 1, 0 is padding; `mask` is 1 on what is learned."""
 
     tokens: Int[Array, "B S"]
-    lengths: Int[Array, "B"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
     mask: Float[Array, "B S"]
 
 
@@ -70,9 +73,10 @@ def read_chats(path: str, config: TextConfig, tokenizer: Tokenizer, max_length: 
             ]
         else:
             raise InputError(f"{path}: row {number} has {sorted(row)}, not 'messages' nor 'prompt' and 'completion'")
-        ids, mask = encode_chat(messages, config, tokenizer)
-        if not any(mask):
-            raise InputError(f"{path}: row {number} has no assistant message to learn from")
+        try:
+            ids, mask = encode_chat(messages, config, tokenizer)
+        except InputError as error:
+            raise InputError(f"{path}: row {number}: {error}") from None
         if len(ids) > max_length:
             raise InputError(f"{path}: row {number} has {len(ids)} tokens, more than max_length={max_length}")
         examples.append((ids, mask))
@@ -81,23 +85,43 @@ def read_chats(path: str, config: TextConfig, tokenizer: Tokenizer, max_length: 
     return examples
 
 
-def make_sft_batch(examples: Sequence[Example], rows: Sequence[int] | np.ndarray, length: int) -> SftBatch:
-    """The rows as numpy arrays [B, length]."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length), np.float32)
-    for place, row in enumerate(rows):
-        ids, counted = examples[row]
-        tokens[place, : len(ids)], mask[place, : len(ids)] = ids, counted
-    lengths = np.array([len(examples[row][0]) for row in rows], np.int32)
-    return SftBatch(tokens=tokens, lengths=lengths, mask=mask)  # pyright: ignore[reportArgumentType]
+def pack(examples: Sequence[Example], length: int, seed: int) -> list[list[int]]:
+    """Examples by number, put together in packs of at most `length` tokens: first fit in a seeded order.
+
+    Examples of a pack do not see each other, so the loss is that of separate rows.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for number in row_order(np.arange(len(examples)), len(examples), seed, True).tolist():
+        size = len(examples[number][0])
+        place = next((i for i in range(max(len(packs) - OPEN_PACKS, 0), len(packs)) if room[i] >= size), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(length)
+        packs[place].append(number)
+        room[place] -= size
+    return packs
+
+
+def make_sft_batch(examples: Sequence[Example], packs: Sequence[Sequence[int]], length: int) -> SftBatch:
+    """The packs as numpy arrays [B, length]."""
+    arrays = {name: np.zeros((len(packs), length), np.int32) for name in ("tokens", "positions", "segments")}
+    mask = np.zeros((len(packs), length), np.float32)
+    for row, numbers in enumerate(packs):
+        start = 0
+        for segment, number in enumerate(numbers, start=1):
+            ids, counted = examples[number]
+            here = slice(start, start + len(ids))
+            arrays["tokens"][row, here], mask[row, here] = ids, counted
+            arrays["positions"][row, here], arrays["segments"][row, here] = np.arange(len(ids)), segment
+            mask[row, start] = 0.0  # nothing before it says what an example's first token is
+            start += len(ids)
+    return SftBatch(**arrays, mask=mask)  # pyright: ignore[reportArgumentType]
 
 
 def sft_loss(module: nn.Module, params: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
     """Mean over counted tokens of -log p(token | tokens before it)."""
-    length = batch.tokens.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-    segments = (positions < batch.lengths[:, None]).astype(jnp.int32)
-    hidden = module.apply({"params": params}, batch.tokens, positions, segments)
+    hidden = module.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
 
     def unembed(hidden: Array) -> Array:
         return module.apply({"params": params}, hidden, method="logits")
@@ -127,6 +151,7 @@ def fine_tune(
 ) -> Any:
     """Parameters after `sft.steps` steps from `params`; checkpoints and metrics lie in `workdir`."""
     optimizer = make_optimizer(sft_optim(sft), sft.steps)
+    packs = pack(examples, sft.max_length, config.seed)
     schedule = make_schedule(sft_optim(sft), sft.steps)
 
     def make(params: Any) -> SftState:
@@ -140,7 +165,7 @@ def fine_tune(
                 state.params
             )
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        means |= {"grad_norm": (optax.global_norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
+        means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
         new = SftState(step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
         return new, means, None
 
@@ -154,10 +179,10 @@ def fine_tune(
 
     def batch(step: int) -> SftBatch:
         draws = step * sft.batch_size + np.arange(sft.batch_size)
-        chosen = row_order(draws, len(examples), config.seed, True)
-        return jax.device_put(make_sft_batch(examples, chosen, sft.max_length), rows)
+        chosen = row_order(draws, len(packs), config.seed, True)
+        return jax.device_put(make_sft_batch(examples, [packs[i] for i in chosen], sft.max_length), rows)
 
-    with Checkpoints(workdir / "checkpoints", 1, terminal.warn) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, terminal.warn) as checkpoints:
         restored = checkpoints.restore(abstract)
         first = restored[2] if restored else 0
         state = restored[0] if restored else jax.jit(make, out_shardings=layout)(params)
