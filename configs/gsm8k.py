@@ -1,7 +1,7 @@
-"""GSM8K with any Llama folder or GGUF file, in R1-Zero's manner with a chat template.
+r"""GSM8K with any Llama folder or GGUF file, in R1-Zero's manner with a chat template.
 
     grpo-jax train --config gsm8k --config.model.path=FOLDER
-    grpo-jax train --config gsm8k --config.data.source=jsonl --config.data.path=train.jsonl \\
+    grpo-jax train --config gsm8k --config.data.source=jsonl --config.data.path=train.jsonl \
         --config.data.eval_path=test.jsonl
 
 Rows come from tensorflow-datasets (`gsm8k`, prepared once: the error says how), a JSONL file, or a

@@ -192,7 +192,7 @@ def _set_up_jax(config: configs.Config) -> None:
     import jax
 
     folder = config.log.compilation_cache
-    if folder == "auto" and jax.config.jax_compilation_cache_dir:
+    if folder == "auto" and jax.config.values["jax_compilation_cache_dir"]:
         return
     if folder == "auto":
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

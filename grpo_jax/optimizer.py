@@ -34,7 +34,7 @@ def decay_mask(params: Any, config: OptimConfig) -> Any:
 
 
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (arXiv 1711.05101) or Adafactor (1804.04235) with the schedule over `updates` optimizer updates."""
+    """Clip, then AdamW (arXiv 1711.05101) or Adafactor (1804.04235), scheduled over `updates` optimizer updates."""
     schedule = make_schedule(config, updates)
 
     def mask(params: Any) -> Any:

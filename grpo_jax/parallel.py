@@ -1,6 +1,7 @@
 """Devices, and which array lies on which: one mesh, one table of rules from parameter paths to axes."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,12 +27,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp, tensor; -1 takes the devices that are left.
 
     Raises InputError when the sizes do not multiply to the device count.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     for axis, size in sizes.items():

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.config import Config
 from grpo_jax.metrics import Fetcher, Mean
-from grpo_jax.models.decoder import unstack
+from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import safe_divide
@@ -44,8 +43,7 @@ METRIC_NAMES = {
 }
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that changes in a run; one pytree for full training and for adapters, donated at every step.
 
     Attributes:
@@ -71,8 +69,7 @@ class TrainState:
     opt_state: Any
 
 
-@flax.struct.dataclass
-class Metrics:
+class Metrics(flax.struct.PyTreeNode):
     """What a step tells.
 
     Attributes:
@@ -93,7 +90,7 @@ class StepParts:
     """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens."""
 
     config: Config
-    module: nn.Module
+    module: DecoderModule
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     scorer: Scorer
@@ -155,8 +152,7 @@ def add_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Rollou
     return rollout.replace(scores=scores, advantages=by_row[:, None] * rollout.mask)
 
 
-@flax.struct.dataclass
-class TrainingBatch:
+class TrainingBatch(flax.struct.PyTreeNode):
     """What the loss reads, row by row: prompt and completion as one sequence of P + T tokens."""
 
     tokens: Int[Array, "B S"]
@@ -258,8 +254,7 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     return refresh_reference(parts, state), metrics, rollout
 
 
-@flax.struct.dataclass
-class UpdateReport:
+class UpdateReport(flax.struct.PyTreeNode):
     """What one optimizer update tells; `gap` is the largest difference to the sampler's log-probabilities."""
 
     means: Means

@@ -41,7 +41,8 @@ class Terminal:
     """Prints a run to `out`, warnings to `err`; in a pipe a line every `every` steps instead of a live one."""
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None, every: int = 10) -> None:
-        out = out or sys.stdout
+        out = sys.stdout if out is None else out
+        assert out is not None
         # Notebooks get plain lines: they read as well there, and rich's live line needs a widget package. Their kernels
         # set FORCE_COLOR, which rich takes for a terminal: the stream alone decides.
         self._out = Console(file=out, highlight=False, force_jupyter=False, force_terminal=out.isatty())

@@ -17,8 +17,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.ops.attention import visible
 
 
-@flax.struct.dataclass
-class LayerCache:
+class LayerCache(flax.struct.PyTreeNode):
     """Keys (already rotated) and values of one layer."""
 
     prompt_key: Float[Array, "N P K E"]
@@ -27,8 +26,7 @@ class LayerCache:
     value: Float[Array, "B T K E"]
 
 
-@flax.struct.dataclass
-class CacheIndex:
+class CacheIndex(flax.struct.PyTreeNode):
     """What lies where, the same in every layer; segment 0 is an empty slot.
 
     `slot` is where the tokens at hand go, `cursor` the next free one.
@@ -43,8 +41,7 @@ class CacheIndex:
     prefilled: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """One entry a layer, in order, and the index they share."""
 
     layers: tuple[LayerCache, ...]

@@ -12,7 +12,7 @@ one compiled layer is scanned over it; with `scanned=False` (sampling) each laye
 and its own cache buffers, updated in place; `unstack` maps the first layout to the second.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,23 @@ from grpo_jax.models.cache import Cache, CacheIndex, LayerCache, read, start, wr
 from grpo_jax.ops.attention import attend, attend_shared_prefix, visible
 from grpo_jax.ops.norms import rms_norm
 from grpo_jax.ops.rope import rotary_angles, rotate
+
+
+class DecoderModule(Protocol):
+    """What a step asks of a model; `Decoder` is one, any flax module that answers alike is another."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes, for the cache and for `unstack`."""
+        ...
+
+    def apply(self, variables: Any, *arguments: Any, method: Any = None) -> Any:
+        """The calls of this file's first lines."""
+        ...
+
+    def clone(self, *, scanned: bool = True, remat: str = "none") -> "DecoderModule":
+        """The same network in the other layout of layers, or with another rematerialisation."""
+        ...
 
 
 class Dense(nn.Module):
@@ -74,10 +91,8 @@ class Attention(nn.Module):
 
         query = rotate(heads("query", a.heads), *rotary)
         key, value = rotate(heads("key", a.kv_heads), *rotary), heads("value", a.kv_heads)
-        entry = None
-        if cache is not None:
-            entry, index = write(*cache, key, value), cache[1]
-        if cache is not None and index.prefilled:
+        entry, index = (None, None) if cache is None else (write(*cache, key, value), cache[1])
+        if entry is not None and index is not None and index.prefilled:
             out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype))
         else:
             out = attend(query, key, value, visible(positions, positions, segments, segments, window))
@@ -130,14 +145,16 @@ class Decoder(nn.Module):
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
         a = self.architecture
-        self.embed = nn.Embed(a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype)
+        self.embed = nn.Embed(
+            a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype
+        )
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         if self.scanned:
             scan = nn.scan(
                 layer,
                 variable_axes={"params": 0, "adapters": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             )
             for i in range(len(a.stacks)):
                 setattr(self, f"stack_{i}", scan(a, self.dtype))
@@ -177,7 +194,7 @@ class Decoder(nn.Module):
                 x, entry = getattr(self, f"stack_{i}_layer_{j}")(x, window, held, *shared)
                 entries.append(entry)
         hidden = self.final_norm(x)
-        return hidden if cache is None else (hidden, Cache(layers=tuple(entries), index=index))
+        return hidden if index is None else (hidden, Cache(layers=tuple(entries), index=index))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits over the vocabulary, float32."""
@@ -196,10 +213,10 @@ def init_params(module: Decoder, key: jax.Array) -> dict:
     """
     tokens = jnp.zeros((1, 2), jnp.int32)
 
-    def both(module: Decoder, tokens):
+    def both(module: Any, tokens: Array) -> Array:
         return module.logits(module(tokens, tokens, tokens))
 
-    return nn.init(both, module.clone(scanned=True))(key, tokens)["params"]
+    return dict(nn.init(both, module.clone(scanned=True))(key, tokens)["params"])
 
 
 def unstack(variables: dict, architecture: Architecture) -> dict:

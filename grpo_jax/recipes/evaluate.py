@@ -94,7 +94,8 @@ class Evaluator:
             scores = self.scorer.score_on_host(prompts, rollout, self._scores, fetch)
             if self.scorer.host is not None and (error := self.scorer.host.take_error()):
                 raise error
-            records += self._records(batch, *fetch((rollout, scores)), samples)
+            rollout, scores = fetch((rollout, scores))
+            records += self._records(batch, rollout, scores, samples)
         return records
 
     def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int) -> list[dict]:

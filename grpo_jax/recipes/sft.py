@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from grpo_jax.config import Config, LogConfig, OptimConfig, SftConfig, TextConfi
 from grpo_jax.data.prompts import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.decoder import Decoder, DecoderModule
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.ops.logprobs import token_logps
@@ -36,8 +35,7 @@ OPEN_PACKS = 64  # packs that first fit looks at: the last ones, so that packing
 Example = tuple[list[int], list[int]]  # token ids, and 1 where the loss counts
 
 
-@flax.struct.dataclass
-class SftState:
+class SftState(flax.struct.PyTreeNode):
     """Parameters and optimizer state."""
 
     step: Int[Array, ""]
@@ -45,9 +43,8 @@ class SftState:
     opt_state: Any
 
 
-@flax.struct.dataclass
-class SftBatch:
-    """Packs of examples; `segments` numbers the examples of a pack from 1, 0 is padding; `mask` is 1 on what is learned."""
+class SftBatch(flax.struct.PyTreeNode):
+    """Packs of examples: `segments` numbers a pack's examples from 1 (0 is padding), `mask` is 1 on what is learned."""
 
     tokens: Int[Array, "B S"]
     positions: Int[Array, "B S"]
@@ -119,7 +116,7 @@ def make_sft_batch(examples: Sequence[Example], packs: Sequence[Sequence[int]], 
     return SftBatch(**arrays, mask=mask)  # pyright: ignore[reportArgumentType]
 
 
-def sft_loss(module: nn.Module, params: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
+def sft_loss(module: DecoderModule, params: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
     """Mean over counted tokens of -log p(token | tokens before it)."""
     hidden = module.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
 
@@ -140,7 +137,7 @@ def sft_optim(config: SftConfig) -> OptimConfig:
 def fine_tune(
     config: Config,
     sft: SftConfig,
-    module: nn.Module,
+    module: DecoderModule,
     params: Any,
     examples: Sequence[Example],
     mesh: Mesh,

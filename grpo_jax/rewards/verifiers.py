@@ -28,8 +28,7 @@ Columns = Mapping[str, Shaped[Array, "B ..."]]
 Verdict = tuple[Float[Array, "B"], Float[Array, "B"]]
 
 
-@flax.struct.dataclass
-class ByteTable:
+class ByteTable(flax.struct.PyTreeNode):
     """The bytes that each token adds to the text; special tokens have length 0."""
 
     bytes: UInt8[np.ndarray, "V W"]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grpo_jax.config import SamplerConfig
 from grpo_jax.models.cache import Cache, end_prompt, init_cache
+from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.sampler.draw import draw_tokens, row_keys
 from grpo_jax.sampler.types import Prompts, Rollout
 
 
-@flax.struct.dataclass
-class Decoding:
+class Decoding(flax.struct.PyTreeNode):
     """The state of the decode loop; `position` is that of the token in `last`."""
 
     position: Int[Array, ""]
@@ -40,7 +39,7 @@ def repeat_rows(x: Array, times: int) -> Array:
 
 
 def sample(
-    module: nn.Module,
+    module: DecoderModule,
     variables: Any,
     prompts: Prompts,
     key: PRNGKeyArray,

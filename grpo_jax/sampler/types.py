@@ -10,8 +10,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
-@flax.struct.dataclass
-class Prompts:
+class Prompts(flax.struct.PyTreeNode):
     """N prompts as the host hands them in.
 
     Attributes:
@@ -31,8 +30,7 @@ class Prompts:
     columns: Mapping[str, Shaped[Array, "N ..."]]
 
 
-@flax.struct.dataclass
-class Scores:
+class Scores(flax.struct.PyTreeNode):
     """Rewards of B completions by component.
 
     Attributes:
@@ -46,8 +44,7 @@ class Scores:
     failed: Bool[Array, ""]
 
 
-@flax.struct.dataclass
-class Rollout:
+class Rollout(flax.struct.PyTreeNode):
     """B sampled completions with the log-probabilities of the law that drew them.
 
     Attributes:

