@@ -1,0 +1,142 @@
+"""Meshes and the table of rules: what lies where, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from grpo_jax.config import MeshConfig
+from grpo_jax.errors import InputError
+from grpo_jax.optimizer import make_optimizer
+from grpo_jax.parallel import (
+    check_batch,
+    constrain_rows,
+    make_mesh,
+    partition_spec,
+    path_name,
+    replicated,
+    row_sharding,
+    sampling_layout,
+    shardings,
+)
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "want"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((2, -1, 1), 8, (2, 4, 1)),
+        ((1, 1, -1), 4, (1, 1, 4)),
+        ((-1, 1, 1), 1, (1, 1, 1)),
+        ((2, 2, 1), 4, (2, 2, 1)),
+    ],
+)
+def test_minus_one_takes_what_is_left(sizes, devices, want):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), want, strict=True))
+    assert {t.name for t in mesh.axis_types} == {"Auto"}
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(devices))
+
+
+@pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1), 8), ((-1, 3, 1), 8), ((2, 2, 1), 8), ((-1, 4, 4), 8)])
+def test_sizes_that_are_not_the_devices_are_refused(sizes, devices):
+    with pytest.raises(InputError, match=rf"mesh\.fsdp={sizes[1]}.* is not the {devices} devices"):
+        make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+
+
+def test_batches_that_do_not_split_over_the_devices_are_refused():
+    mesh = mesh_of(2, 2, 2)
+    check_batch(tiny.config(**{"data.prompts_per_step": 4}), mesh)
+    with pytest.raises(InputError, match=r"data\.prompts_per_step=6 must divide by the 4 devices"):
+        check_batch(tiny.config(**{"data.prompts_per_step": 6}), mesh)
+    with pytest.raises(InputError, match=r"objective\.micro_batch_size=2 must divide by the 4 devices"):
+        check_batch(tiny.config(**{"data.prompts_per_step": 4, "objective.micro_batch_size": 2}), mesh)
+    with pytest.raises(InputError, match=r"objective\.micro_batch_size=2 must divide by the 4 devices"):
+        check_batch(tiny.config(**{"data.prompts_per_step": 4, "objective.minibatches": 8}), mesh)
+
+
+LAYER = {  # path -> axes after the layer axis
+    "attention/query/kernel": ("fsdp", "tensor"),
+    "attention/key/kernel": ("fsdp", "tensor"),
+    "attention/value/kernel": ("fsdp", "tensor"),
+    "attention/out/kernel": ("tensor", "fsdp"),
+    "mlp/gate/kernel": ("fsdp", "tensor"),
+    "mlp/up/kernel": ("fsdp", "tensor"),
+    "mlp/down/kernel": ("tensor", "fsdp"),
+    "attention/query/a": ("fsdp", None),
+    "attention/query/b": (None, "tensor"),
+    "mlp/down/a": ("tensor", None),
+    "mlp/down/b": (None, "fsdp"),
+}
+
+
+def test_rules_by_path():
+    of = tiny.architecture(tied=False)
+    variables = {"params": tiny.params(of), "adapters": tiny.adapters(of)}
+    specs = {
+        path_name(path): sharding.spec
+        for path, sharding in jax.tree_util.tree_flatten_with_path(shardings(variables, mesh_of(2, 2, 2)))[0]
+    }
+    assert specs["params/embed/embedding"] == PartitionSpec("tensor", "fsdp")
+    assert specs["params/head/kernel"] == PartitionSpec("fsdp", "tensor")
+    assert specs["params/final_norm/scale"] == specs["params/stack_0/mlp_norm/scale"] == PartitionSpec()
+    for name, axes in LAYER.items():
+        collection = "adapters" if name.endswith(("/a", "/b")) else "params"
+        assert specs[f"{collection}/stack_0/{name}"] == PartitionSpec(None, *axes), name
+    split = [name for name, spec in specs.items() if any(spec)]
+    assert sorted(set(specs) - set(split)) == sorted(name for name in specs if name.endswith("scale"))
+
+
+def test_moments_lie_where_their_parameters_lie():
+    params, mesh = {"params": tiny.params(tiny.architecture())}, mesh_of(1, 4, 2)
+    state = jax.eval_shape(make_optimizer(tiny.config().optim, 10).init, params)
+    layout = {path_name(p): s for p, s in jax.tree_util.tree_flatten_with_path(shardings(state, mesh))[0]}
+    own = {path_name(p): s for p, s in jax.tree_util.tree_flatten_with_path(shardings(params, mesh))[0]}
+    for name, sharding in own.items():
+        moments = [s for path, s in layout.items() if path.endswith(f"/{name}")]
+        assert moments == [sharding, sharding], name
+
+
+def test_axes_that_do_not_divide_or_are_dropped_are_left_out():
+    mesh = mesh_of(1, 4, 2)
+    kernel = "stack_0/mlp/gate/kernel"
+    assert partition_spec(kernel, (2, 16, 24), mesh) == PartitionSpec(None, "fsdp", "tensor")
+    assert partition_spec(kernel, (2, 18, 24), mesh) == PartitionSpec(None, None, "tensor")
+    assert partition_spec(kernel, (2, 16, 25), mesh) == PartitionSpec(None, "fsdp", None)
+    assert partition_spec(kernel, (16, 24), mesh) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec(kernel, (2, 16, 24), mesh, ("fsdp",)) == PartitionSpec(None, None, "tensor")
+    assert partition_spec(kernel, (24,), mesh) == PartitionSpec()
+    assert partition_spec("something/else", (16, 16), mesh) == PartitionSpec()
+
+
+def test_rows_are_split_over_data_and_fsdp_and_copied_over_tensor():
+    mesh = mesh_of(2, 2, 2)
+    rows = jax.jit(lambda x: constrain_rows({"x": x + 1}, mesh)["x"])(jnp.arange(8.0))
+    shards = {s.device.id: np.asarray(s.data).tolist() for s in rows.addressable_shards}
+    assert sorted(map(tuple, shards.values())) == sorted([(1, 2), (3, 4), (5, 6), (7, 8)] * 2)
+    assert row_sharding(mesh).shard_shape((8, 3)) == (2, 3) and replicated(mesh).shard_shape((8, 3)) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "spec"),
+    [
+        ("same", PartitionSpec(None, "fsdp", "tensor")),
+        ("tensor", PartitionSpec(None, None, "tensor")),
+        ("replicated", PartitionSpec(None, None, None)),
+    ],
+)
+def test_the_layout_of_sampling(sampling, spec):
+    mesh = mesh_of(1, 2, 2)
+    tree = {"mlp": {"gate": {"kernel": np.ones((2, 16, 24), np.float32)}}}
+    tree = jax.device_put(tree, shardings(tree, mesh))
+    kernel = jax.jit(lambda t: jax.tree.map(lambda x: x * 1, sampling_layout(t, mesh, sampling)))(tree)["mlp"]["gate"][
+        "kernel"
+    ]
+    assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
