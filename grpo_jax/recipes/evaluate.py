@@ -44,6 +44,11 @@ class Evaluator:
         return jax.jit(self.scorer.score_in_graph)
 
     @functools.cached_property
+    def _ready(self) -> Any:
+        """Parameters as sampling wants them, once for all batches of an evaluation."""
+        return jax.jit(functools.partial(sampling_variables, self.parts))
+
+    @functools.cached_property
     def _samplers(self) -> dict[tuple[int, float, float], Any]:
         return {}
 
@@ -58,7 +63,6 @@ class Evaluator:
 
             def program(variables: Any, prompts: Prompts, noise: jax.Array) -> Rollout:
                 with jax.default_matmul_precision(self.parts.config.model.matmul_precision):
-                    variables = sampling_variables(self.parts, variables)
                     prompts = constrain_rows(prompts, self.parts.mesh)
                     rollout = sample(module, variables, prompts, noise, config, self.parts.end_ids)
                     return constrain_rows(rollout, self.parts.mesh)
@@ -84,6 +88,7 @@ class Evaluator:
         shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
         at_once = max(self.parts.config.completions // samples // shards, 1) * shards
         program = self._sampler(samples, temperature, top_p)
+        variables = self._ready(variables)
         noise = noise_key(self.parts.config.seed, EVALUATION, step)
         fetch, records = Fetcher(), []
         length = self.parts.config.data.max_prompt_length
