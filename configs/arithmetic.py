@@ -29,6 +29,6 @@ def get_config():
     c.optim.lr = 3e-4
     c.optim.schedule = "cosine"
     c.optim.final_lr_fraction = 0.1
-    c.eval.final_problems = 200
+    c.eval.final_problems = 128
     c.train.steps = 60
     return c
