@@ -40,7 +40,7 @@ def test_the_notebook_runs_and_draws_the_curve(source, cli_env, tmp_path, monkey
     # A kernel starts with a user's environment, not these tests' eight devices; their cache of programs it may use.
     cached = {name: value for name, value in os.environ.items() if "CACHE" in name and name.startswith("JAX_")}
     env = cli_env | cached | {"XLA_FLAGS": QUICK_COMPILES, "IPYTHONDIR": str(tmp_path / "ipython")}
-    nbclient.NotebookClient(source, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=env)
+    nbclient.NotebookClient(source, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute(env=env)
 
     figures = [o.data["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     (picture,) = [base64.b64decode(figure) for figure in figures]
