@@ -24,7 +24,7 @@ from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.logprobs import token_logps
-from grpo_jax.ops.masked import safe_divide
+from grpo_jax.ops.masked import masked_select, safe_divide
 from grpo_jax.ops.objectives import denominators, policy_loss_terms
 from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
 from grpo_jax.rewards.scorer import Scorer
@@ -280,9 +280,9 @@ def micro_loss(
         logps, micro.old_logps, micro.ref_logps, micro.advantages, micro.mask, parts.config.objective, micro.weight
     )
     count = jnp.sum(micro.mask)
-    gap = jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps) * micro.mask
+    gap = masked_select(jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps), micro.mask)
     means: Means = {METRIC_NAMES[name]: pair for name, pair in terms.metrics.items() if name in METRIC_NAMES}
-    means |= {"entropy": (jnp.sum(entropy * micro.mask), count), "sampler_gap/mean": (jnp.sum(gap), count)}
+    means |= {"entropy": (jnp.sum(masked_select(entropy, micro.mask)), count), "sampler_gap/mean": (jnp.sum(gap), count)}
     return terms.numerator, (means, jnp.max(gap))
 
 
