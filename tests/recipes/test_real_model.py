@@ -35,6 +35,7 @@ SMALL = (
     "--config.log.tensorboard=False",
     "--config.log.samples_every=1",
 )
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}  # thirty layers take minutes to compile at level 3
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_smollm2_sums(run_cli, tmp_path, cache):
     run = run_cli(
         "train", "--config", "smollm2_sums", "--workdir", tmp_path / "run", *SMALL, cache,
         "--config.sampler.max_new_tokens=24", "--config.cold_start.prompts=12", "--config.cold_start.rows=4",
-        "--config.cold_start.sft.steps=1", "--config.cold_start.sft.batch_size=2", timeout=900,
+        "--config.cold_start.sft.steps=1", "--config.cold_start.sft.batch_size=2", timeout=1200, env=QUICK,
     )  # fmt: skip
     check(run, tmp_path / "run")
     chats = [json.loads(line) for line in (tmp_path / "run/cold_start/samples.jsonl").read_text().splitlines()]
@@ -76,7 +77,7 @@ def test_gsm8k(run_cli, tmp_path, cache, repo_root):
     run = run_cli(
         "train", "--config", "gsm8k", "--workdir", tmp_path / "run", *SMALL, cache,
         "--config.data.source=jsonl", f"--config.data.path={rows}", "--config.data.max_prompt_length=160",
-        "--config.sampler.max_new_tokens=12", "--config.model.logits_chunk=0", timeout=900,
+        "--config.sampler.max_new_tokens=12", "--config.model.logits_chunk=0", timeout=1200, env=QUICK,
     )  # fmt: skip
     lines = check(run, tmp_path / "run")
     assert all("kl" in line for line in lines)
