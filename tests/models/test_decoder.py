@@ -72,11 +72,14 @@ def test_fresh_parameters_have_the_documented_tree():
     for architecture in (TWO_STACKS, UNTIED):
         shapes = jax.eval_shape(lambda a=architecture: init_params(Decoder(a), jax.random.key(0)))
         assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, tiny.params(architecture))
-    two = dataclasses.replace(tiny.architecture(), width=8, heads=2, kv_heads=1, mlp_width=128)
-    made = jax.jit(lambda key: init_params(Decoder(two), key))(jax.random.key(0))
-    kernel = np.asarray(made["stack_0"]["mlp"]["down"]["kernel"])
-    assert abs(kernel.std() / 0.02 - 1) < 0.1 and not np.array_equal(kernel[0], kernel[1])
-    assert (np.asarray(made["stack_0"]["mlp_norm"]["scale"]) == 1).all()
+    wide = dataclasses.replace(tiny.architecture(), width=64, heads=2, kv_heads=1, mlp_width=128)
+    made = jax.device_get(jax.jit(lambda key: init_params(Decoder(wide), key))(jax.random.key(0)))
+    for block, name, inputs in (("attention", "query", 64), ("mlp", "gate", 64), ("mlp", "down", 128)):
+        kernel = made["stack_0"][block][name]["kernel"]
+        assert kernel.std() * inputs**0.5 == pytest.approx(1, rel=0.1), name  # variance 1 / inputs
+        assert not np.array_equal(kernel[0], kernel[1])
+    assert made["embed"]["embedding"].std() * 8 == pytest.approx(1, rel=0.1)
+    assert (made["stack_0"]["mlp_norm"]["scale"] == 1).all()
 
 
 @functools.cache
