@@ -282,7 +282,10 @@ def micro_loss(
     count = jnp.sum(micro.mask)
     gap = masked_select(jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps), micro.mask)
     means: Means = {METRIC_NAMES[name]: pair for name, pair in terms.metrics.items() if name in METRIC_NAMES}
-    means |= {"entropy": (jnp.sum(masked_select(entropy, micro.mask)), count), "sampler_gap/mean": (jnp.sum(gap), count)}
+    means |= {
+        "entropy": (jnp.sum(masked_select(entropy, micro.mask)), count),
+        "sampler_gap/mean": (jnp.sum(gap), count),
+    }
     return terms.numerator, (means, jnp.max(gap))
 
 
