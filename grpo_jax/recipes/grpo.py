@@ -3,6 +3,7 @@
 Read `run` from top to bottom: it is the whole life of a training run.
 """
 
+import collections
 import dataclasses
 import datetime
 import importlib.metadata
@@ -222,7 +223,6 @@ class Session:
     compiles: CompileCounter
     fetch: Fetcher = dataclasses.field(default_factory=Fetcher)
     best: float = float("-inf")
-    host_seconds: float = 0.0
     halted: str = ""
 
     @property
@@ -262,11 +262,12 @@ class Session:
                 if first < total:
                     with self.terminal.compiling("the step"):
                         program.compile(state, self.batch(first))
+                recorder = Recorder(self, writer, program)
                 loop = Loop(
                     total,
-                    program,
+                    recorder.step if config.step.mode == "staged" else program,
                     self.batch,
-                    Recorder(self, writer, program),
+                    recorder,
                     checkpoints,
                     config.checkpoint.every,
                     self.stop,
@@ -362,6 +363,13 @@ class Recorder:
     session: Session
     writer: RunWriter
     program: Program
+    phases: collections.deque[dict[str, float]] = dataclasses.field(default_factory=collections.deque)
+
+    def step(self, *given: Any) -> Any:
+        """Runs a staged program and keeps the seconds of its phases: the next one may run before this is recorded."""
+        result = self.program(*given)
+        self.phases.append(dict(self.program.seconds))
+        return result
 
     def __call__(self, done: int, metrics: Metrics, rollout: Any, found: dict[str, float], seconds: float) -> None:
         """Writes step `done`; raises InputError when a host reward failed."""
@@ -370,16 +378,17 @@ class Recorder:
         fetched: Metrics = s.fetch(metrics)
         if host is not None and (error := host.take_error()):
             raise error
+        phases = self.phases.popleft() if self.phases else {}
+        seconds = sum(phases.values()) or seconds
         line = divide(fetched.means)
         tokens = line.pop("tokens")
         line |= found | {
             "seconds/step": seconds,
             "tokens_per_second": tokens / seconds,
             "compiles": s.compiles.compiles,
-            "seconds/rewards": 0.0 if host is None else host.seconds - s.host_seconds,
+            "seconds/rewards": 0.0 if host is None else host.take_seconds(config.completions // jax.process_count()),
         }
-        line |= {f"seconds/{name}": value for name, value in self.program.seconds.items()}
-        s.host_seconds = 0.0 if host is None else host.seconds
+        line |= {f"seconds/{name}": value for name, value in phases.items()}
         self.writer.step(done, line)
         s.terminal.step(done, config.train.steps, line)
         if line["skipped"]:

@@ -6,6 +6,7 @@ and the program gets a sentinel by which it masks the update.
 """
 
 import asyncio
+import collections
 import inspect
 import math
 import threading
@@ -59,6 +60,7 @@ class HostRewards:
     ):
         self.functions, self.rows, self.decode, self.timeout = functions, rows, decode, timeout
         self.seconds, self.calls, self.scored = 0.0, 0, 0
+        self._timed: collections.deque[tuple[int, float]] = collections.deque()
         self._error: InputError | None = None
         self._lock = threading.Lock()
 
@@ -79,10 +81,21 @@ class HostRewards:
                 self._error = error
             except Exception as error:
                 self._error = InputError(f"host rewards: {type(error).__name__}: {error}")
-            self.seconds += time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            self._timed.append((len(row), seconds))
+            self.seconds += seconds
             self.calls += 1
             self.scored += len(row)
             return values
+
+    def take_seconds(self, completions: int) -> float:
+        """Seconds of the oldest calls not asked for so far that scored so many completions: those of one step."""
+        with self._lock:
+            total = 0.0
+            while completions > 0 and self._timed:
+                count, seconds = self._timed.popleft()
+                completions, total = completions - count, total + seconds
+            return total
 
     def take_error(self) -> InputError | None:
         """The first failure since the last time, and forgets it; None when all went well."""

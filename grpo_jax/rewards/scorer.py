@@ -68,11 +68,15 @@ class Scorer:
         `in_graph` is `score_in_graph` jitted by the caller (None runs it eagerly); `fetch` brings arrays to the host.
         """
         values, valid = (in_graph or self.score_in_graph)(prompts, rollout)
-        if self.host is None:
-            return Scores(values, valid, failed=jnp.bool_(False))
-        row, group, tokens, lengths = fetch((prompts.row, rollout.group, rollout.tokens, rollout.lengths))
-        host = host_rewards.decoded(jnp.asarray(self.host.call(row[group], tokens, lengths)))
-        return self._merge(self.host, (values, valid), host)
+        with jax.transfer_guard("allow"):  # what the host finds goes to the device here, inside a guarded loop
+            if self.host is None:
+                return Scores(values, valid, failed=jnp.bool_(False))
+            wanted = (prompts.row, rollout.group, rollout.tokens, rollout.lengths, rollout.weight)
+            row, group, tokens, lengths, weight = fetch(wanted)
+            real = weight > 0  # a judge is not asked about filler
+            raw = np.full((len(weight), len(self.host.functions)), host_rewards.NOT_APPLICABLE)
+            raw[real] = self.host.call(row[group][real], tokens[real], lengths[real])
+            return self._merge(self.host, (values, valid), host_rewards.decoded(jnp.asarray(raw)))
 
     def score_in_graph(self, prompts: Prompts, rollout: Rollout) -> InGraph:
         """(values, valid) of the in-graph components alone, in config order."""
