@@ -1,13 +1,16 @@
 """One whole run of the micro config, made once and read by many tests."""
 
 import dataclasses
-import json
+import fcntl
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from grpo_jax.parallel import make_mesh
 
 MICRO = pathlib.Path(__file__).with_name("micro_config.py")
 
@@ -60,9 +63,14 @@ def micro(cli_env) -> Micro:
 @pytest.fixture(scope="session")
 def micro_run(micro, tmp_path_factory) -> pathlib.Path:
     """The folder of a finished, never interrupted run; tests read it and change nothing."""
-    workdir = tmp_path_factory.mktemp("micro") / "run"
-    micro.start(workdir, timeout=600)
-    return workdir
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # one run for all processes of pytest: the first one makes it
+    with open(shared / "micro_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "micro_run").exists():
+            micro.start(shared / "micro_run", timeout=900)
+    return shared / "micro_run"
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +79,10 @@ def micro_base(micro_run) -> str:
     return str(micro_run / "base" / "model")
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
-    """Rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs started from Python take the first of the eight devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        for recipe in ("grpo", "sft"):
+            patch.setattr(f"grpo_jax.recipes.{recipe}.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield

@@ -9,6 +9,7 @@ import pytest
 
 from grpo_jax.config import ColdStartConfig, Config, SftConfig, from_dict
 from grpo_jax.errors import InputError
+from grpo_jax.metrics import read_jsonl
 from grpo_jax.models.loading import load_model
 from grpo_jax.parallel import make_mesh
 from grpo_jax.recipes import cold_start
@@ -71,6 +72,7 @@ def start(micro_base, monkeypatch) -> Start:
     made = Start(config, load_model(micro_base), make_mesh(config.mesh, jax.devices()[:1]))
     monkeypatch.setattr(Evaluator, "sample", lambda self, *given: made.sample(self, *given))
     monkeypatch.setattr(cold_start, "fine_tune", made.fine_tune)
+    monkeypatch.setattr(cold_start, "read_chats", lambda path, *_: read_jsonl(path))  # the base has no word for words
     return made
 
 

@@ -154,7 +154,7 @@ def python_config(micro_base: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def python_run(micro_base, rows, tmp_path_factory):
+def python_run(micro_base, rows, tmp_path_factory, one_device):
     """Summary, folder and scored completions of a staged run: the caller's rows and reward, TensorBoard, wandb."""
     config = python_config(micro_base)
     workdir = tmp_path_factory.mktemp("python") / "run"
@@ -199,7 +199,7 @@ def test_every_completion_is_scored_once(python_run):
 def test_staged_mode_tells_the_seconds_of_its_phases(python_run):
     for line in read_lines(python_run[1] / "metrics.jsonl"):
         phases = [line[f"seconds/{name}"] for name in ("sample", "score", "update")]
-        assert min(phases) > 0 and sum(phases) <= line["seconds/step"] * 1.01
+        assert min(phases) > 0 and sum(phases) == pytest.approx(line["seconds/step"])
         assert line["seconds/rewards"] <= line["seconds/score"]
 
 
@@ -225,7 +225,7 @@ def test_a_finished_run_says_its_summary_again(python_run, rows):
     assert len(read_lines(workdir / "metrics.jsonl")) == 3
 
 
-def test_rows_without_the_column_are_named(micro_base, tmp_path):
+def test_rows_without_the_column_are_named(micro_base, tmp_path, one_device):
     with pytest.raises(InputError, match=r"dataset row 1: has no column data\.prompt_column='question', only \['q'\]"):
         rows = [{"question": "1+1=", "answer": 2}, {"q": "1+2="}]
         grpo_jax.train(python_config(micro_base), dataset=rows, rewards=[length], workdir=str(tmp_path / "run"))

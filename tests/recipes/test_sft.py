@@ -161,9 +161,9 @@ def chats(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("sft") / "chats.jsonl", rows)
 
 
-def sft_config(micro_base: str, path: str, **fields) -> Config:
+def sft_config(micro_base: str, **fields) -> Config:
     config = from_dict({"model": {"path": micro_base}, "mesh": {"data": 1}, "checkpoint": {"every": 1}})
-    given = {"path": path, "steps": 6, "batch_size": 2, "max_length": 32, "lr": 0.03}
+    given = {"steps": 6, "batch_size": 2, "max_length": 32, "lr": 0.03}
     return dataclasses.replace(config, sft=SftConfig(**(given | fields)))
 
 
@@ -171,8 +171,8 @@ def leaves(path: str) -> list[np.ndarray]:
     return jax.tree.leaves(load_model(path).params)
 
 
-def test_a_run_learns_and_goes_on_where_it_was_stopped(tmp_path, micro_base, chats, monkeypatch):
-    config = sft_config(micro_base, chats)
+def test_a_run_learns_and_goes_on_where_it_was_stopped(tmp_path, micro_base, chats, monkeypatch, one_device):
+    config = sft_config(micro_base, path=chats)
     whole = sft.run(config, tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -199,16 +199,16 @@ def test_a_run_learns_and_goes_on_where_it_was_stopped(tmp_path, micro_base, cha
 
 
 @pytest.mark.parametrize(
-    "path, fields, message",
+    "model, fields, message",
     [
-        ("", {}, "model.path='' names no model to fine-tune"),
-        ("base", {"path": "nowhere.jsonl"}, r"sft\.path='nowhere\.jsonl': no such file"),
-        ("base", {"max_length": 5}, r"row 1 has \d+ tokens, more than max_length=5"),
+        (False, {}, "model.path='' names no model to fine-tune"),
+        (True, {"path": "nowhere.jsonl"}, r"sft\.path='nowhere\.jsonl': no such file"),
+        (True, {"max_length": 5}, r"row 1 has \d+ tokens, more than max_length=5"),
     ],
     ids=["no-model", "no-file", "too-long"],
 )
-def test_bad_input_leaves_no_folder(tmp_path, micro_base, chats, path, fields, message):
-    config = sft_config(micro_base if path else "", chats, **fields)
+def test_bad_input_leaves_no_folder(tmp_path, micro_base, chats, model, fields, message, one_device):
+    config = sft_config(micro_base if model else "", **({"path": chats} | fields))
     with pytest.raises(InputError, match=message):
         sft.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
