@@ -63,7 +63,8 @@ def test_smollm2_sums(run_cli, tmp_path, cache):
     """
     run = run_cli(
         "train", "--config", "smollm2_sums", "--workdir", tmp_path / "run", *SMALL, cache,
-        "--config.sampler.max_new_tokens=24", "--config.data.digits=1", "--config.cold_start.prompts=12", "--config.cold_start.rows=4",
+        "--config.sampler.max_new_tokens=24", "--config.data.digits=1",
+        "--config.cold_start.prompts=12", "--config.cold_start.rows=4",
         "--config.cold_start.sft.steps=1", "--config.cold_start.sft.batch_size=2", timeout=1200, env=QUICK,
     )  # fmt: skip
     check(run, tmp_path / "run", problems=2)
