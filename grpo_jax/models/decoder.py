@@ -54,7 +54,7 @@ class Dense(nn.Module):
         """Projects the last axis to `features`."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         # Rows are flattened: XLA's CPU backend computes the gradient of x [B, S, I] @ W, a product contracted
-        # over two axes, three times slower than over one (whole gradient of a small decoder: 0.97 to 0.26 s).
+        # over two axes, three times slower than over one (a gated MLP's gradient: 0.169 to 0.051 CPU seconds).
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ kernel.astype(self.dtype)
         if self.has_variable("adapters", "a"):
@@ -209,7 +209,8 @@ class Decoder(nn.Module):
 def init_params(module: Decoder, key: jax.Array) -> dict:
     """Fresh float32 parameters in the scanned layout: kernels of variance 1 / inputs, embeddings 1 / D, norms 1.
 
-    Not Llama's normal(0.02), which is right for widths near 2,500: at width 128 a base learns sums three times slower.
+    Not Llama's normal(0.02), which is right for widths near 2,500: at width 128 three times that makes a base put 0.76
+    on a right chain of thought after 300 steps, where 0.02 makes it 0.25.
     """
     tokens = jnp.zeros((1, 2), jnp.int32)
 
