@@ -1,7 +1,7 @@
 """Numbers on their way out: sums and counts, the one fetch from the device, the files of a run.
 
 Inside programs a metric is a pair (sum, count), so that splitting a batch changes nothing; the host
-divides once. `Fetcher` is the only place that reads device values.
+divides once. `Fetcher` is the only place that reads device values in a training loop.
 """
 
 import collections

@@ -223,7 +223,6 @@ class Session:
     compiles: CompileCounter
     fetch: Fetcher = dataclasses.field(default_factory=Fetcher)
     best: float = float("-inf")
-    halted: str = ""
 
     @property
     def config(self) -> Config:
