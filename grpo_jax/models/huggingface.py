@@ -199,7 +199,7 @@ def write_folder(folder: str, architecture: Architecture, params: Mapping[str, A
         raise InputError(f"{path}: holds weights already: give an empty folder")
     windows = sorted({w for stack in architecture.stacks for w in stack.windows})
     if windows != [0]:
-        raise InputError(f"{path}: attention windows {windows} have no field in Llama's config.json: only 0 (all) can be written")
+        raise InputError(f"{path}: attention windows {windows} have no field in Llama's config.json: use 0 (all)")
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     tensors = weights.disassemble(architecture, NAMES, params)
