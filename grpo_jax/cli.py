@@ -188,9 +188,12 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, con
 
 
 def _set_up_jax(config: configs.Config) -> None:
-    """Process-wide settings of jax: the compilation cache, where the environment has not named one."""
+    """Process-wide settings: the allocator, and the compilation cache where the environment has not named one."""
     import jax
 
+    from grpo_jax.parallel import keep_host_memory
+
+    keep_host_memory()
     folder = config.log.compilation_cache
     if folder == "auto" and jax.config.values["jax_compilation_cache_dir"]:
         return

@@ -1,6 +1,8 @@
 """Devices, and which array lies on which: one mesh, one table of rules from parameter paths to axes."""
 
+import ctypes
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,3 +116,20 @@ def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
         return variables
     drop = ("fsdp",) if sampling == "tensor" else ("fsdp", "tensor")
     return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, drop))
+
+
+def keep_host_memory() -> None:
+    """Makes this process keep the host memory that it frees, where the C library is glibc; else nothing.
+
+    XLA's CPU backend allocates a program's temporaries at every call. glibc gives blocks of that size back to the
+    system and gets them anew, page by page: 16.7 million page faults and 75 of 389 CPU seconds in the embedded default.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_* of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+    mallopt(arena_max, 1)
