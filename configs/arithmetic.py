@@ -30,5 +30,5 @@ def get_config():
     c.optim.schedule = "cosine"
     c.optim.final_lr_fraction = 0.1
     c.eval.final_problems = 128
-    c.train.steps = 60
+    c.train.steps = 120
     return c

@@ -111,6 +111,10 @@ class SamplerConfig:
     temperature: float = option(1.0, "logits are divided by it, in sampling and in training")
     top_k: int = option(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this mass")
+    min_p: float = option(0.0, "sample among the tokens at least this times as likely as the likeliest; 0: all")
+    min_new_tokens: int = option(0, "tokens that a completion has at least, the end token included")
+    stop: tuple[str, ...] = option((), "texts that end a completion once it holds one of them")
+    slots: int = option(0, "completions that decode at a time, each slot refilled as one ends; 0: all of them")
     cache_dtype: str = option("float32", "dtype of cached keys and values", ("float32", "bfloat16"))
 
 
@@ -438,6 +442,13 @@ def validate(config: Config, source: str = "config") -> None:
     require(c.sampler.group_size >= 2, "sampler.group_size", "must be at least 2: a group of 1 has no advantage")
     require(c.sampler.temperature > 0, "sampler.temperature", "must be above 0: greedy groups are all equal")
     require(0 < c.sampler.top_p <= 1, "sampler.top_p", "must be above 0 and at most 1")
+    require(0 <= c.sampler.min_p <= 1, "sampler.min_p", "must be from 0 to 1")
+    require(
+        0 <= c.sampler.min_new_tokens <= c.sampler.max_new_tokens,
+        "sampler.min_new_tokens",
+        "must be from 0 to sampler.max_new_tokens",
+    )
+    require(c.sampler.slots >= 0, "sampler.slots", "must be at least 0")
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
     for name in ("objective.epsilon", "base.right_share"):
         require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")

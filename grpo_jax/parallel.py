@@ -54,6 +54,10 @@ def check_batch(config: Config, mesh: Mesh) -> None:
         raise InputError(
             f"config: data.prompts_per_step={prompts} must divide by the {shards} devices of mesh.data x mesh.fsdp"
         )
+    if config.sampler.slots % shards:
+        raise InputError(
+            f"config: sampler.slots={config.sampler.slots} must divide by the {shards} devices of mesh.data x mesh.fsdp"
+        )
     base, cold = config.base.sft.batch_size, config.cold_start.sft.batch_size
     made = [("base", base)] * (not config.model.path) + [("cold_start", cold)] * config.cold_start.enabled
     for name, rows in made:

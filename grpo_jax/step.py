@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.ops.advantages import advantages
@@ -29,6 +29,7 @@ from grpo_jax.ops.objectives import denominators, policy_loss_terms
 from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.sampler.sample import left_positions, sample
+from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
 TRAINING, EVALUATION = 0, 1  # streams of sampling noise
@@ -87,7 +88,7 @@ class Metrics(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens."""
+    """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens, stops."""
 
     config: Config
     module: DecoderModule
@@ -96,6 +97,7 @@ class StepParts:
     scorer: Scorer
     mesh: Mesh
     end_ids: tuple[int, ...]
+    stops: StopTable | None = None
 
 
 def init_state(parts: StepParts, variables: dict[str, Any], frozen: dict[str, Any] | None = None) -> TrainState:
@@ -134,9 +136,22 @@ def sample_rollout(parts: StepParts, state: TrainState, prompts: Prompts) -> Rol
     """The policy's completions of the prompts."""
     variables = sampling_variables(parts, {**state.frozen, **state.trainable})
     key = noise_key(parts.config.seed, TRAINING, state.step)
+    return draw_completions(parts, variables, prompts, key, parts.config.sampler)
+
+
+def draw_completions(
+    parts: StepParts, variables: dict[str, Any], prompts: Prompts, key: Array, config: SamplerConfig
+) -> Rollout:
+    """`sample` on the mesh: rows of prompts, slots and completions split over data and fsdp."""
+    mesh = parts.mesh
+
+    def constrain(tree: Any) -> Any:
+        return constrain_rows(tree, mesh)
+
     module = parts.module.clone(scanned=False, remat="none")
-    rollout = sample(module, variables, constrain_rows(prompts, parts.mesh), key, parts.config.sampler, parts.end_ids)
-    return constrain_rows(rollout, parts.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    prompts = constrain(prompts)
+    return constrain(sample(module, variables, prompts, key, config, parts.end_ids, parts.stops, shards, constrain))
 
 
 def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollout:
@@ -360,12 +375,20 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
         "length/right": (jnp.sum(lengths * right), jnp.sum(right)),
         "length/wrong": (jnp.sum(lengths * wrong), jnp.sum(wrong)),
         "truncated": (jnp.sum(weight * ~rollout.ended), rows),
+        "occupancy": occupancy(rollout, parts.config.sampler.slots),
         "tokens": (tokens, 1.0),
     }
     for c, name in enumerate(parts.scorer.names):
         counted = scores.valid[:, c] * weight
         means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))
     return means
+
+
+def occupancy(rollout: Rollout, slots: int) -> Mean:
+    """Decoding slots that held a live row, summed over passes, and slots x passes."""
+    passes = jnp.maximum(rollout.lengths - 1, 0)
+    slots = min(slots or passes.shape[0], passes.shape[0])
+    return jnp.sum(passes) * 1.0, jnp.max(rollout.started + passes) * float(slots)
 
 
 class Program:

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 
+import bigram
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.sampler.draw import draw_tokens
+from grpo_jax.sampler.stops import stop_table
 from grpo_jax.sampler.types import Rollout, Scores
 from grpo_jax.step import (
     Metrics,
@@ -168,6 +170,7 @@ def hand_made_rollout(config: Config, advantages_of_rows=(1.0, -1.0, 0.5, -0.5))
         logps=logps.astype(np.float32) * 0.9,
         sampled_logps=logps.astype(np.float32),
         ended=np.array([True, False, True, True]),
+        started=np.zeros(4, np.int32),
         mask=np.ones((4, 3), np.float32),
         weight=ones,
         draw=np.array([0, 0, 1, 1], np.int32),
@@ -276,7 +279,7 @@ def test_matmul_precision():
     for name in ("default", "highest"):
         text = traced(**{"model.matmul_precision": name})
         found = set(re.findall(r"Precision\.(\w+)", text))
-        assert found == {name.upper()}, found
+        assert found == {name.upper(), "HIGHEST"}, found  # the sampler cumulates probabilities at the highest
 
 
 @flips("model.remat")
@@ -556,8 +559,8 @@ LOGITS = np.random.default_rng(3).normal(0, 2, (400, 7)).astype(np.float32)
 
 def drawn(**fields):
     config = tiny.config(**fields).sampler
-    keys = jax.random.split(jax.random.key(0), len(LOGITS))
-    return [np.asarray(x) for x in draw_tokens(jnp.asarray(LOGITS), keys, jnp.int32(0), config)]
+    noise = jax.random.uniform(jax.random.key(0), (len(LOGITS), 2))
+    return [np.asarray(x) for x in draw_tokens(jnp.asarray(LOGITS), noise, config)]
 
 
 def chosen(logps, tokens):
@@ -603,9 +606,41 @@ def test_top_p():
     np.testing.assert_allclose(kept, chosen(log_softmax(np.where(likelier < 0.5, LOGITS, -np.inf)), tokens), atol=1e-4)
 
 
+@flips("sampler.min_p")
+def test_min_p():
+    p = np.exp(log_softmax(LOGITS))
+    share = p / p.max(1, keepdims=True)
+    assert chosen(share, drawn()[0]).min() < 0.1
+    tokens, _, kept = drawn(**{"sampler.min_p": 0.3})
+    assert chosen(share, tokens).min() >= 0.3
+    np.testing.assert_allclose(kept, chosen(log_softmax(np.where(share >= 0.3, LOGITS, -np.inf)), tokens), atol=1e-4)
+
+
+@flips("sampler.min_new_tokens", "sampler.stop")
+def test_ends_of_completions(name):
+    lengths = []
+    for fields in ({}, {name: 5 if name == "sampler.min_new_tokens" else ("ab",)}):
+        parts = bigram.parts(tiny.config(**fields))
+        pieces = [bytes([97 + i % 3]) for i in range(tiny.VOCABULARY)]
+        parts = dataclasses.replace(parts, stops=stop_table(parts.config.sampler.stop, pieces), end_ids=(1, 7, 20))
+        state = init_state(parts, {"params": bigram.params()})
+        rollout = jax.jit(functools.partial(sample_rollout, parts))(state, tiny.prompts(parts.config))
+        lengths.append(np.asarray(rollout.lengths))
+    if name == "sampler.min_new_tokens":
+        assert lengths[0].min() < 5 <= lengths[1].min()
+    else:
+        assert (lengths[1] <= lengths[0]).all() and lengths[1].sum() < lengths[0].sum()
+
+
+@flips("sampler.slots")
+def test_slots():
+    own = "[2,2,6,4]"  # S K T E: keys and values of the completions that decode at a time
+    assert own in traced(**{"sampler.slots": 2}) and own not in traced()
+
+
 @flips("sampler.cache_dtype")
 def test_cache_dtype():
-    own = "[8,6,2,4]"  # B T K E: the completions' keys and values
+    own = "[8,2,6,4]"  # B K T E: the completions' keys and values
     narrow = traced(**{"sampler.cache_dtype": "bfloat16"})
     assert f"f32{own}" in traced() and f"bf16{own}" not in traced()
     assert f"bf16{own} = broadcast_in_dim" in narrow and f"f32{own} = broadcast_in_dim" not in narrow

@@ -1,29 +1,30 @@
 """The decode cache: per layer a prompt segment that a group shares, and a completion segment a row.
 
 Opaque to all but the attention that owns it: `init_cache` makes it, `start` notes what comes next,
-`write` fills a layer, `copy_prompt` hands one prompt to the rows of its group. Positions and segments
+`write` fills a layer, `take_prompts` hands rows the prompts that they continue. Positions and segments
 stand beside the keys, so that what may be seen is never deduced from the slot it lies in. A layer
 with another memory (a latent, a ring) brings its own entry and the functions for it.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.ops.attention import visible
 
 
 class LayerCache(flax.struct.PyTreeNode):
-    """Keys (already rotated) and values of one layer."""
+    """Keys (already rotated) and values of one layer, head by head as the products of decoding read them."""
 
-    prompt_key: Float[Array, "N P K E"]
-    prompt_value: Float[Array, "N P K E"]
-    key: Float[Array, "B T K E"]
-    value: Float[Array, "B T K E"]
+    prompt_key: Float[Array, "N K P E"]
+    prompt_value: Float[Array, "N K P E"]
+    key: Float[Array, "B K T E"]
+    value: Float[Array, "B K T E"]
 
 
 class CacheIndex(flax.struct.PyTreeNode):
@@ -56,13 +57,10 @@ def init_cache(
     prompt, own = (prompts, prompt_length), (rows, length)
 
     def layer() -> LayerCache:
-        head = (a.kv_heads, a.head_size)
-        return LayerCache(
-            prompt_key=jnp.zeros((*prompt, *head), dtype),
-            prompt_value=jnp.zeros((*prompt, *head), dtype),
-            key=jnp.zeros((*own, *head), dtype),
-            value=jnp.zeros((*own, *head), dtype),
-        )
+        def empty(rows: int, length: int) -> Array:
+            return jnp.zeros((rows, a.kv_heads, length, a.head_size), dtype)
+
+        return LayerCache(empty(*prompt), empty(*prompt), empty(*own), empty(*own))
 
     index = CacheIndex(
         prompt_positions=jnp.zeros(prompt, jnp.int32),
@@ -80,19 +78,21 @@ def start(index: CacheIndex, positions: Int[Array, "R S"], segments: Int[Array, 
     if not index.prefilled:
         return index.replace(prompt_positions=positions, prompt_segments=segments)
     return index.replace(
-        positions=_put(index.positions, positions, index.cursor),
-        segments=_put(index.segments, segments, index.cursor),
+        positions=_put(index.positions, positions, index.cursor, axis=1),
+        segments=_put(index.segments, segments, index.cursor, axis=1),
         slot=index.cursor,
-        cursor=index.cursor + 1,
+        cursor=(index.cursor + 1) % index.positions.shape[1],
     )
 
 
 def write(entry: LayerCache, index: CacheIndex, key: Array, value: Array) -> LayerCache:
-    """A layer's entry with the keys and values of the tokens at hand, in place."""
-    key, value = key.astype(entry.key.dtype), value.astype(entry.value.dtype)
+    """A layer's entry with the keys and values [R, S, K, E] of the tokens at hand, in place."""
+    key, value = (jnp.swapaxes(x, 1, 2).astype(entry.key.dtype) for x in (key, value))
     if not index.prefilled:
         return entry.replace(prompt_key=key, prompt_value=value)
-    return entry.replace(key=_put(entry.key, key, index.slot), value=_put(entry.value, value, index.slot))
+    return entry.replace(
+        key=_put(entry.key, key, index.slot, axis=2), value=_put(entry.value, value, index.slot, axis=2)
+    )
 
 
 def end_prompt(cache: Cache) -> Cache:
@@ -100,16 +100,26 @@ def end_prompt(cache: Cache) -> Cache:
     return cache.replace(index=cache.index.replace(prefilled=True))
 
 
-def copy_prompt(cache: Cache, rows_per_prompt: int) -> Cache:
-    """The cache with each prompt's segment repeated, one copy a row (rows of a group are adjacent)."""
+def take_prompts(cache: Cache, prompts: Cache, source: Int[Array, "D s"], new: Bool[Array, "R"]) -> Cache:
+    """The cache with the prompt segments of `prompts` in the rows that are `new`, whose own segment becomes empty.
 
-    def repeat(tree: Any, names: tuple[str, ...]) -> Any:
-        return tree.replace(**{n: jnp.repeat(getattr(tree, n), rows_per_prompt, axis=0) for n in names})
+    Each row has a prompt segment of its own here. Rows and prompts lie in D equal parts, and `source` is the number
+    of a row's prompt in its part.
+    """
 
-    return cache.replace(
-        layers=tuple(repeat(entry, ("prompt_key", "prompt_value")) for entry in cache.layers),
-        index=repeat(cache.index, ("prompt_positions", "prompt_segments")),
-    )
+    def take(into: Array, given: Array) -> Array:
+        parts = given.reshape(source.shape[0], -1, *given.shape[1:])
+        taken = jax.vmap(lambda part, i: part[i])(parts, source).reshape(into.shape)
+        return jnp.where(new.reshape(-1, *(1,) * (into.ndim - 1)), taken, into)
+
+    def adopt(into: Any, given: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(into) if field.name.startswith("prompt_")]
+        return into.replace(**{name: take(getattr(into, name), getattr(given, name)) for name in names})
+
+    index = adopt(cache.index, prompts.index)
+    index = index.replace(segments=jnp.where(new[:, None], 0, index.segments))
+    layers = tuple(adopt(*pair) for pair in zip(cache.layers, prompts.layers, strict=True))
+    return cache.replace(layers=layers, index=index)
 
 
 def read(entry: LayerCache, index: CacheIndex, positions: Array, segments: Array, window: Any, dtype: Any):
@@ -125,5 +135,5 @@ def read(entry: LayerCache, index: CacheIndex, positions: Array, segments: Array
     )
 
 
-def _put(buffer: Array, entries: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, entries, slot, axis=1)
+def _put(buffer: Array, entries: Array, slot: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, entries, slot, axis)

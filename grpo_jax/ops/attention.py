@@ -40,8 +40,8 @@ def attend(
 
 def attend_shared_prefix(
     query: Float[Array, "B 1 H E"],
-    prefix: tuple[Float[Array, "N P K E"], Float[Array, "N P K E"], Bool[Array, "B 1 P"]],
-    own: tuple[Float[Array, "B Z K E"], Float[Array, "B Z K E"], Bool[Array, "B 1 Z"]],
+    prefix: tuple[Float[Array, "N K P E"], Float[Array, "N K P E"], Bool[Array, "B 1 P"]],
+    own: tuple[Float[Array, "B K Z E"], Float[Array, "B K Z E"], Bool[Array, "B 1 Z"]],
 ) -> Float[Array, "B 1 H E"]:
     """One query a row over a prefix that B / N adjacent rows share and the row's own keys, in one softmax.
 
@@ -49,12 +49,12 @@ def attend_shared_prefix(
     """
     batch, _, heads, size = query.shape
     (prefix_key, prefix_value, prefix_mask), (own_key, own_value, own_mask) = prefix, own
-    count, kv_heads = prefix_key.shape[0], prefix_key.shape[2]
+    count, kv_heads, length, _ = prefix_key.shape
     grouped = query.reshape(batch, kv_heads, -1, size)
     by_prefix = query.reshape(count, batch // count, kv_heads, -1, size)
-    prefix_scores = jnp.einsum("nrkge,npke->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
-    prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, prefix_key.shape[1])
-    own_scores = jnp.einsum("bkge,bzke->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
+    prefix_scores = jnp.einsum("nrkge,nkpe->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
+    prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, length)
+    own_scores = jnp.einsum("bkge,bkze->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
     scale = size**-0.5
     prefix_weights, own_weights = softmax(
         [
@@ -62,10 +62,10 @@ def attend_shared_prefix(
             jnp.where(own_mask[:, None], own_scores * scale, MASKED),
         ]
     )
-    prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, prefix_key.shape[1])
-    out = jnp.einsum("nrkgp,npke->nrkge", prefix_weights.astype(prefix_value.dtype), prefix_value)
+    prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, length)
+    out = jnp.einsum("nrkgp,nkpe->nrkge", prefix_weights.astype(prefix_value.dtype), prefix_value)
     out = out.reshape(batch, kv_heads, -1, size)
-    out = out + jnp.einsum("bkgz,bzke->bkge", own_weights.astype(own_value.dtype), own_value)
+    out = out + jnp.einsum("bkgz,bkze->bkge", own_weights.astype(own_value.dtype), own_value)
     return out.reshape(batch, 1, heads, size)
 
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
-from grpo_jax.parallel import constrain_rows, row_sharding
+from grpo_jax.parallel import row_sharding
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import answer_span, last_number
 from grpo_jax.rewards.texts import number as lenient_reward
-from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.types import Prompts, Rollout
-from grpo_jax.step import EVALUATION, StepParts, noise_key, sampling_variables
+from grpo_jax.step import EVALUATION, StepParts, draw_completions, noise_key, sampling_variables
 from grpo_jax.text import Tokenizer
 
 BOOTSTRAPS = 2000
@@ -59,13 +58,10 @@ class Evaluator:
             config = dataclasses.replace(
                 self.parts.config.sampler, group_size=samples, temperature=temperature, top_k=0, top_p=top_p
             )
-            module = self.parts.module.clone(scanned=False, remat="none")
 
             def program(variables: Any, prompts: Prompts, noise: jax.Array) -> Rollout:
                 with jax.default_matmul_precision(self.parts.config.model.matmul_precision):
-                    prompts = constrain_rows(prompts, self.parts.mesh)
-                    rollout = sample(module, variables, prompts, noise, config, self.parts.end_ids)
-                    return constrain_rows(rollout, self.parts.mesh)
+                    return draw_completions(self.parts, variables, prompts, noise, config)
 
             rows = row_sharding(self.parts.mesh)
             self._samplers[key] = jax.jit(program, out_shardings=rows)

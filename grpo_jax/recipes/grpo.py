@@ -34,6 +34,7 @@ from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_workdir, open_workdir
 from grpo_jax.rewards.scorer import build_scorer
+from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_prompt
@@ -198,6 +199,7 @@ def prepare(
         scorers["train"],
         mesh,
         tokenizer.end_ids,
+        stop_table(config.sampler.stop, token_bytes),
     )
     return parts, sets["train"], Evaluator(parts, sets["eval"], scorers["eval"], tokenizer)
 

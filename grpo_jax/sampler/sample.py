@@ -1,5 +1,13 @@
-"""The sampler: a pure function from parameters and prompts to a rollout, meant to be inside a program."""
+"""The sampler: a pure function from parameters and prompts to a rollout, meant to be inside a program.
 
+With `sampler.slots` = 0 every completion has a row of its own, and decoding ends when the last one has. With fewer slots
+than completions a slot whose row has ended takes the next completion: an outer loop writes out and refills, an inner one
+decodes until enough slots are free (a refill by `lax.cond` inside the decode loop would copy the whole cache at every
+token). All rows write the same column of their buffers and of the cache, `clock` modulo T, each from a start of its
+own, so that a write is one slice. The tokens do not depend on the slots: noise is named by completion and position.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -8,23 +16,50 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grpo_jax.config import SamplerConfig
-from grpo_jax.models.cache import Cache, end_prompt, init_cache
+from grpo_jax.models.cache import Cache, end_prompt, init_cache, take_prompts
 from grpo_jax.models.decoder import DecoderModule
-from grpo_jax.sampler.draw import draw_tokens, row_keys
+from grpo_jax.sampler.draw import draw_tokens, row_noise
+from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout
 
 
-class Decoding(flax.struct.PyTreeNode):
-    """The state of the decode loop; `position` is that of the token in `last`."""
+class Slots(flax.struct.PyTreeNode):
+    """What each slot holds: a completion (`row`; B: none yet) and its tokens, in columns `start`, `start` + 1, ... mod T.
 
-    position: Int[Array, ""]
-    last: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    `count` tokens are drawn, the newest is `last`; `done` rows draw no more, and `ended` did so by an end token or a
+    stop string, `stop` being the state of the automaton that looks for them. `started` is the clock at the first token.
+    """
+
+    row: Int[Array, "S"]
+    start: Int[Array, "S"]
+    count: Int[Array, "S"]
+    last: Int[Array, "S"]
+    done: Bool[Array, "S"]
+    ended: Bool[Array, "S"]
+    stop: Int[Array, "S"]
+    started: Int[Array, "S"]
+    tokens: Int[Array, "S T"]
+    logps: Float[Array, "S T"]
+    sampled_logps: Float[Array, "S T"]
+
+
+class Decoding(flax.struct.PyTreeNode):
+    """The state of the decode loop; `clock` counts passes through the decoder."""
+
+    clock: Int[Array, ""]
+    slots: Slots
+    cache: Cache
+
+
+class Written(flax.struct.PyTreeNode):
+    """Completions by their number."""
+
     tokens: Int[Array, "B T"]
     logps: Float[Array, "B T"]
     sampled_logps: Float[Array, "B T"]
-    lengths: Int[Array, "B"]
-    cache: Cache
+    count: Int[Array, "B"]
+    ended: Bool[Array, "B"]
+    started: Int[Array, "B"]
 
 
 def left_positions(lengths: Int[Array, "R"], width: int) -> tuple[Int[Array, "R S"], Int[Array, "R S"]]:
@@ -45,54 +80,63 @@ def sample(
     key: PRNGKeyArray,
     config: SamplerConfig,
     end_ids: tuple[int, ...],
+    stops: StopTable | None = None,
+    shards: int = 1,
+    constrain: Callable[[Any], Any] = lambda tree: tree,
 ) -> Rollout:
     """Draws `config.group_size` completions of every prompt; ends early when every row has ended.
 
-    `module` and `variables` are in the unstacked layout, `key` is that of the seed and the step.
+    `module` and `variables` are in the unstacked layout, `key` is that of the seed and the step. Prompts and slots are
+    cut into `shards` parts that refill from their own completions, so that nothing crosses devices; `constrain` lays
+    arrays of rows out over them.
     """
     group, length = config.group_size, config.max_new_tokens
     count, width = prompts.tokens.shape
-    cache = init_cache(module.architecture, count, width, count * group, length, jnp.dtype(config.cache_dtype))
-    positions, segments = left_positions(prompts.lengths, width)
-    hidden, cache = module.apply(variables, prompts.tokens, positions, segments, cache)
-    logits = repeat_rows(module.apply(variables, hidden[:, -1], method="logits"), group)
-    keys = row_keys(key, prompts.draw, group)
-    prompt_lengths = repeat_rows(prompts.lengths, group)
-
     rows = count * group
-    empty = jnp.zeros((rows, length), jnp.float32)
-    state = Decoding(
-        position=jnp.zeros((), jnp.int32),
-        last=jnp.zeros(rows, jnp.int32),
-        done=jnp.zeros(rows, bool),
-        tokens=jnp.zeros((rows, length), jnp.int32),
-        logps=empty,
-        sampled_logps=empty,
-        lengths=jnp.zeros(rows, jnp.int32),
-        cache=end_prompt(cache),
-    )
+    slots = min(config.slots or rows, rows)
+    own = rows if slots == rows else 0  # with fewer slots the prompts' cache is only copied from
+    dtype = jnp.dtype(config.cache_dtype)
+    cache = init_cache(module.architecture, count, width, own, length, dtype)
+    hidden, cache = module.apply(variables, prompts.tokens, *left_positions(prompts.lengths, width), cache)
+    last_hidden = hidden[:, -1]
+    prompt_lengths = repeat_rows(prompts.lengths, group)
     filler = repeat_rows(prompts.weight, group) == 0
-    state = _append(state.replace(done=filler), logits, keys, config, end_ids)
+    noise = row_noise(key, prompts.draw, group, length)
+    draw = _Drawing(noise, config, end_ids, stops)
 
     def decode(state: Decoding) -> Decoding:
-        place = (prompt_lengths + state.position)[:, None]
+        held = state.slots
+        # The newest token stands `count` - 1 after the prompt. A slot that holds nothing takes the first row's place.
+        place = (prompt_lengths[jnp.minimum(held.row, rows - 1)] + held.count - 1)[:, None]
         live = jnp.ones_like(place)
-        hidden, cache = module.apply(variables, state.last[:, None], place, live, state.cache)
+        hidden, cache = module.apply(variables, held.last[:, None], place, live, state.cache)
         logits = module.apply(variables, hidden[:, 0], method="logits")
-        return _append(state.replace(cache=cache, position=state.position + 1), logits, keys, config, end_ids)
+        clock = state.clock + 1
+        return Decoding(clock, draw(held, logits, clock, ~held.done), cache)
 
-    def unfinished(state: Decoding) -> Bool[Array, ""]:
-        return (state.position + 1 < length) & ~jnp.all(state.done)
+    def unembed(hidden: Array) -> Array:
+        return module.apply(variables, hidden, method="logits")
 
-    state = jax.lax.while_loop(unfinished, decode, state)
-    mask = (jnp.arange(length)[None, :] < state.lengths[:, None]).astype(jnp.float32)
+    if slots == rows:
+        held = _empty(rows, length).replace(row=jnp.arange(rows, dtype=jnp.int32), done=filler)
+        held = draw(held, repeat_rows(unembed(last_hidden), group), jnp.int32(0), ~held.done)
+        state = Decoding(jnp.int32(0), held, end_prompt(cache))
+        state = jax.lax.while_loop(lambda state: ~jnp.all(state.slots.done), decode, state)
+        written = Written(**{name: getattr(state.slots, name) for name in Written.__dataclass_fields__})
+    else:
+        into = init_cache(module.architecture, slots, width, slots, length, dtype)
+        refill = _Refill(cache, last_hidden, unembed, filler, draw, group, shards)
+        first = Decoding(jnp.int32(0), _empty(slots, length).replace(row=jnp.full(slots, rows)), end_prompt(into))
+        first = constrain_slots(first, slots, constrain)
+        written = _decode_refilled(first, decode, refill, constrain(_nothing_written(rows, length)))
     return Rollout(
-        tokens=state.tokens,
-        lengths=state.lengths,
-        logps=state.logps,
-        sampled_logps=state.sampled_logps,
-        ended=state.done & ~filler,
-        mask=mask,
+        tokens=written.tokens,
+        lengths=written.count,
+        logps=written.logps,
+        sampled_logps=written.sampled_logps,
+        ended=written.ended,
+        started=written.started,
+        mask=(jnp.arange(length)[None, :] < written.count[:, None]).astype(jnp.float32),
         weight=repeat_rows(prompts.weight, group),
         draw=repeat_rows(prompts.draw, group),
         group=repeat_rows(jnp.arange(count, dtype=jnp.int32), group),
@@ -101,22 +145,153 @@ def sample(
     )
 
 
-def _append(state: Decoding, logits: Array, keys: Array, config: SamplerConfig, end_ids: tuple[int, ...]) -> Decoding:
-    """Draws the token at `position` for the rows that have not ended, and notes which ended with it."""
-    drawn, logp, sampled_logp = draw_tokens(logits, keys, state.position, config)
-    live = ~state.done
-    drawn = jnp.where(live, drawn, 0)
+def constrain_slots(state: Decoding, slots: int, constrain: Callable[[Any], Any]) -> Decoding:
+    """The state with every array that has a row a slot laid out as rows are."""
+    return jax.tree.map(lambda x: constrain(x) if x.ndim and x.shape[0] == slots else x, state)
 
-    def put(buffer: Array, values: Array) -> Array:
-        values = jnp.where(live, values, 0)[:, None]
-        return jax.lax.dynamic_update_slice_in_dim(buffer, values, state.position, axis=1)
 
-    ends = jnp.isin(drawn, jnp.asarray(end_ids, jnp.int32))
-    return state.replace(
-        last=drawn,
-        done=state.done | ends,
-        tokens=put(state.tokens, drawn),
-        logps=put(state.logps, logp),
-        sampled_logps=put(state.sampled_logps, sampled_logp),
-        lengths=state.lengths + live,
-    )
+def _empty(slots: int, length: int) -> Slots:
+    zero, no = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool)
+    empty = jnp.zeros((slots, length), jnp.float32)
+    return Slots(zero, zero, zero, zero, ~no, no, zero, zero, empty.astype(jnp.int32), empty, empty)
+
+
+def _nothing_written(rows: int, length: int) -> Written:
+    empty = jnp.zeros((rows, length), jnp.float32)
+    zero = jnp.zeros(rows, jnp.int32)
+    return Written(empty.astype(jnp.int32), empty, empty, zero, zero.astype(bool), zero)
+
+
+class _Drawing:
+    """Draws the next token of the rows that are live, and notes which ended with it."""
+
+    def __init__(self, noise: Array, config: SamplerConfig, end_ids: tuple[int, ...], stops: StopTable | None):
+        self.noise, self.config, self.stops = noise, config, stops
+        self.end_ids = jnp.asarray(end_ids, jnp.int32)
+
+    def __call__(self, held: Slots, logits: Array, clock: Array, live: Array) -> Slots:
+        rows, length = self.noise.shape[:2]
+        noise = self.noise[jnp.minimum(held.row, rows - 1), jnp.minimum(held.count, length - 1)]
+        drawn, logp, sampled_logp = draw_tokens(logits, noise, self.config, self._forbidden(held, logits))
+        drawn = jnp.where(live, drawn, 0)
+        column = clock % length
+
+        def put(buffer: Array, values: Array) -> Array:
+            # A row that has ended keeps what it holds: its column may come round again before it is written out.
+            before = jax.lax.dynamic_slice_in_dim(buffer, column, 1, axis=1)
+            values = jnp.where(live[:, None], values[:, None], before)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, values, column, axis=1)
+
+        ends = jnp.isin(drawn, self.end_ids)
+        stop = held.stop
+        if self.stops is not None:
+            stop = jnp.where(live, self.stops.step(stop, drawn), stop)
+            ends |= self.stops.found(stop)
+        count = held.count + live
+        return held.replace(
+            count=count,
+            last=jnp.where(live, drawn, held.last),
+            done=held.done | (live & (ends | (count >= length))),
+            ended=held.ended | (live & ends),
+            stop=stop,
+            tokens=put(held.tokens, drawn),
+            logps=put(held.logps, logp),
+            sampled_logps=put(held.sampled_logps, sampled_logp),
+        )
+
+    def _forbidden(self, held: Slots, logits: Array) -> Array | None:
+        """End tokens before a row has `min_new_tokens`."""
+        if not self.config.min_new_tokens:
+            return None
+        ends = jnp.isin(jnp.arange(logits.shape[-1]), self.end_ids)
+        return (held.count + 1 < self.config.min_new_tokens)[:, None] & ends[None, :]
+
+
+class _Refill:
+    """Gives free slots the next completions; `queue` holds each shard's completions, real ones first."""
+
+    def __init__(self, prompts: Cache, hidden: Array, unembed: Any, filler: Array, draw: _Drawing, group: int, shards: int):
+        self.prompts, self.hidden, self.unembed, self.draw = prompts, hidden, unembed, draw
+        self.group, self.shards = group, shards
+        by_shard = filler.reshape(shards, -1)
+        self.queue = jnp.argsort(by_shard, axis=1, stable=True).astype(jnp.int32)
+        self.total = jnp.sum(~by_shard, axis=1)
+
+    def waiting(self, taken: Int[Array, "D"]) -> Bool[Array, "D"]:
+        """Whether a shard has completions that no slot has taken."""
+        return taken < self.total
+
+    def due(self, held: Slots, taken: Int[Array, "D"]) -> Bool[Array, ""]:
+        """Whether a sixteenth of some shard's slots are free while completions wait there."""
+        free = jnp.sum(held.done.reshape(self.shards, -1), axis=1)
+        slots = held.done.shape[0] // self.shards
+        return jnp.any(self.waiting(taken) & (free >= max(slots // 16, 1)))
+
+    def __call__(self, state: Decoding, taken: Int[Array, "D"]) -> tuple[Decoding, Array]:
+        """The state with new completions in free slots, their first tokens drawn."""
+        held, shards = state.slots, self.shards
+        free = held.done.reshape(shards, -1)
+        place = taken[:, None] + jnp.cumsum(free, axis=1) - 1
+        new = free & (place < self.total[:, None])
+        inside = jnp.take_along_axis(self.queue, jnp.minimum(place, self.queue.shape[1] - 1), axis=1)
+        row = (inside + jnp.arange(shards, dtype=jnp.int32)[:, None] * self.queue.shape[1]).reshape(-1)
+        prompt = inside // self.group
+        taken, new = taken + jnp.sum(new, axis=1), new.reshape(-1)
+        held = held.replace(
+            row=jnp.where(new, row, held.row),
+            start=jnp.where(new, state.clock % held.tokens.shape[1], held.start),
+            count=jnp.where(new, 0, held.count),
+            done=held.done & ~new,
+            ended=held.ended & ~new,
+            stop=jnp.where(new, 0, held.stop),
+            started=jnp.where(new, state.clock, held.started),
+        )
+        logits = self.unembed(take_rows(self.hidden, prompt))
+        held = self.draw(held, logits, state.clock, new)
+        return Decoding(state.clock, held, take_prompts(state.cache, self.prompts, prompt, new)), taken
+
+    def write(self, written: Written, held: Slots) -> Written:
+        """The completions with those that have ended in their slots written out."""
+        length, rows = held.tokens.shape[1], written.count.shape[0] // self.shards
+        columns = (held.start[:, None] + jnp.arange(length)) % length
+        inside = jnp.arange(length)[None, :] < held.count[:, None]
+        target = jnp.where(held.done, held.row % rows, rows).reshape(self.shards, -1)
+        target = jnp.where((held.row < rows * self.shards).reshape(target.shape), target, rows)
+
+        def put(name: str) -> Array:
+            new, old = getattr(held, name), getattr(written, name)
+            if new.ndim > 1:
+                new = jnp.where(inside, jnp.take_along_axis(new, columns, axis=1), 0)
+            new, by_shard = (x.reshape(self.shards, -1, *x.shape[1:]) for x in (new, old))
+            return jax.vmap(lambda o, i, n: o.at[i].set(n, mode="drop"))(by_shard, target, new).reshape(old.shape)
+
+        return Written(**{name: put(name) for name in Written.__dataclass_fields__})
+
+
+def take_rows(x: Array, index: Int[Array, "D s"]) -> Array:
+    """Rows of each of D parts of x by their numbers in the part, so that no row crosses parts."""
+    parts = x.reshape(index.shape[0], -1, *x.shape[1:])
+    return jax.vmap(lambda part, i: part[i])(parts, index).reshape(-1, *x.shape[1:])
+
+
+def _decode_refilled(
+    state: Decoding, decode: Callable[[Decoding], Decoding], refill: _Refill, written: Written
+) -> Written:
+    """All completions, decoded in fewer slots."""
+
+    def unfinished(carry: tuple[Decoding, Array, Written]) -> Bool[Array, ""]:
+        state, taken, _ = carry
+        return ~jnp.all(state.slots.done) | jnp.any(refill.waiting(taken))
+
+    def turn(carry: tuple[Decoding, Array, Written]) -> tuple[Decoding, Array, Written]:
+        state, taken, written = carry
+        written = refill.write(written, state.slots)
+        state, taken = refill(state, taken)
+
+        def busy(state: Decoding) -> Bool[Array, ""]:
+            return ~jnp.all(state.slots.done) & ~refill.due(state.slots, taken)
+
+        return jax.lax.while_loop(busy, decode, state), taken, written
+
+    state, _, written = jax.lax.while_loop(unfinished, turn, (state, jnp.zeros_like(refill.total), written))
+    return refill.write(written, state.slots)

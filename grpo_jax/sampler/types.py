@@ -53,7 +53,8 @@ class Rollout(flax.struct.PyTreeNode):
       logps: log-probability of each token under the full softmax at the sampling temperature,
         the denominator of the ratio; 0 in the padding.
       sampled_logps: the same under the law really drawn from (after top-k and top-p).
-      ended: True where an end token closed the completion, False where the length budget did.
+      ended: True where an end token or a stop string closed the completion, False where the length budget did.
+      started: passes through the decoder before its first token; 0 for all where every row has a slot of its own.
       mask: tokens that count in the loss (1) or not (0), made from the lengths.
       weight: 1, or 0 for rows that count nowhere.
       draw: draw number of the prompt.
@@ -69,6 +70,7 @@ class Rollout(flax.struct.PyTreeNode):
     logps: Float[Array, "B T"]
     sampled_logps: Float[Array, "B T"]
     ended: Bool[Array, "B"]
+    started: Int[Array, "B"]
     mask: Float[Array, "B T"]
     weight: Float[Array, "B"]
     draw: Int[Array, "B"]

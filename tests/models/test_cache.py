@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from grpo_jax.models.architecture import Stack
-from grpo_jax.models.cache import copy_prompt, end_prompt, init_cache
+from grpo_jax.models.cache import end_prompt, init_cache, take_prompts
 from grpo_jax.models.decoder import Decoder, unstack
 
 # Looks back at all, at 3 and at 2 tokens: the windows end in the prompt, then in the completion.
@@ -35,7 +35,10 @@ def decoded(dtype="float32", copied=False):
         cache = init_cache(ARCHITECTURE, 2, P, 2 * GROUP, T, jnp.dtype(dtype))
         hidden, cache = module.apply(variables, tokens, np.maximum(place, 0), (place >= 0).astype(np.int32), cache)
         cache = end_prompt(cache)
-        cache = copy_prompt(cache, GROUP) if copied else cache
+        if copied:
+            into = end_prompt(init_cache(ARCHITECTURE, 2 * GROUP, P, 2 * GROUP, T, jnp.dtype(dtype)))
+            source = jnp.repeat(jnp.arange(2), GROUP)[None]
+            cache = take_prompts(into, cache, source, jnp.ones(2 * GROUP, bool))
 
         def step(cache, t):
             token = jax.lax.dynamic_slice_in_dim(COMPLETIONS, t, 1, axis=1)

@@ -58,7 +58,8 @@ def test_a_shared_prefix_and_own_keys_are_one_softmax():
     prefix, own = (normal(N, P, K, E, seed=i) for i in (1, 2)), (normal(B, T, K, E, seed=i) for i in (3, 4))
     prefix_mask, own_mask = random_mask(B, 1, P), random_mask(B, 1, T)
     (prefix_key, prefix_value), (own_key, own_value) = prefix, own
-    got = attend_shared_prefix(query, (prefix_key, prefix_value, prefix_mask), (own_key, own_value, own_mask))
+    by_head = [np.swapaxes(x, 1, 2) for x in (prefix_key, prefix_value, own_key, own_value)]
+    got = attend_shared_prefix(query, (*by_head[:2], prefix_mask), (*by_head[2:], own_mask))
 
     def joined(prefix, own):
         return np.concatenate([np.repeat(prefix, R, axis=0), own], axis=1)

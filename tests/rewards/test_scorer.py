@@ -64,6 +64,7 @@ def inputs(scorer):
         logps=floats,
         sampled_logps=floats,
         ended=ones > 0,
+        started=jnp.zeros(8, jnp.int32),
         mask=floats,
         weight=ones,
         draw=jnp.repeat(jnp.arange(2), 4),

@@ -13,9 +13,10 @@ import tiny
 
 from grpo_jax.config import SamplerConfig
 from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.sampler.draw import draw_tokens, row_keys, truncate
+from grpo_jax.sampler.draw import draw_tokens, row_noise, truncate
 from grpo_jax.sampler.sample import sample
-from grpo_jax.step import EVALUATION, TRAINING, noise_key
+from grpo_jax.sampler.stops import stop_table
+from grpo_jax.step import EVALUATION, TRAINING, noise_key, occupancy
 
 ARCHITECTURE = tiny.architecture()
 PARAMS = tiny.params(ARCHITECTURE)
@@ -117,12 +118,12 @@ def test_noise_does_not_depend_on_group_size_or_budget():
 
 
 def test_positions_and_keys_give_noise_of_their_own():
-    keys = row_keys(KEY, jnp.array([3, 4]), 2)
-    data = np.asarray(jax.random.key_data(keys)).tolist()
-    assert len({tuple(k) for k in data}) == 4
-    np.testing.assert_array_equal(jax.random.key_data(row_keys(KEY, jnp.array([4]), 2)), data[2:])
+    noise = np.asarray(row_noise(KEY, jnp.array([3, 4]), 2, 5))
+    assert noise.shape == (4, 5, 2) and len(np.unique(noise)) == 40 and (0 <= noise).all() and (noise < 1).all()
+    np.testing.assert_array_equal(row_noise(KEY, jnp.array([4]), 2, 5), noise[2:])
+    np.testing.assert_array_equal(row_noise(KEY, jnp.array([3, 4]), 2, 3), noise[:, :3])
     logits = jnp.zeros((4, 1000))
-    tokens = [np.asarray(draw_tokens(logits, keys, jnp.int32(p), CONFIG)[0]) for p in range(5)]
+    tokens = [np.asarray(draw_tokens(logits, noise[:, p], CONFIG)[0]) for p in range(5)]
     assert len(np.unique(tokens)) > 15  # of 20; equal noise anywhere would leave few
 
 
@@ -141,7 +142,7 @@ def test_log_probabilities_of_the_decoder_against_numpy(base):
     assert base.mask[~padding].all()
 
 
-def numpy_truncate(row, top_k, top_p):
+def numpy_truncate(row, top_k, top_p, min_p=0.0):
     """Which tokens stay, one by one from the likeliest; ties at the border stay together."""
     row = row.astype(np.float64)
     kept = np.isfinite(row)
@@ -156,19 +157,24 @@ def numpy_truncate(row, top_k, top_p):
                 break
             mass, least = mass + p[i], row[i]
         kept &= row >= least
+    if min_p:
+        kept &= np.exp(row - row[kept].max()) >= min_p
     return kept
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.3), (0, 0.9), (5, 0.7), (0, 1e-6), (40, 1.0)])
-def test_truncation_against_numpy(top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(1, 1, 0), (3, 1, 0), (0, 0.3, 0), (0, 0.9, 0), (5, 0.7, 0), (0, 1e-6, 0), (40, 1, 0), (0, 1, 0.2), (4, 0.9, 0.4)],
+)
+def test_truncation_against_numpy(top_k, top_p, min_p):
     random = np.random.default_rng(0)
     logits = random.normal(0, 2, (40, 11)).astype(np.float32)
     logits[10:20] = np.round(logits[10:20])  # ties
     logits[20:30][random.random((10, 11)) < 0.4] = -np.inf
     logits[30:] = logits[30:, :1]  # all equal
     logits[20:, 0] = np.maximum(logits[20:, 0], 0)
-    got = np.asarray(truncate(jnp.asarray(logits), SamplerConfig(top_k=top_k, top_p=top_p)))
-    want = np.stack([numpy_truncate(row, min(top_k, 11), top_p) for row in logits])
+    got = np.asarray(truncate(jnp.asarray(logits), SamplerConfig(top_k=top_k, top_p=top_p, min_p=min_p)))
+    want = np.stack([numpy_truncate(row, min(top_k, 11), top_p, min_p) for row in logits])
     np.testing.assert_array_equal(np.isfinite(got), want)
     np.testing.assert_array_equal(got[want], logits[want])
 
@@ -202,8 +208,8 @@ def test_greedy_takes_the_likeliest_and_tells_the_law_of_temperature_one():
 def test_frequencies_are_those_of_the_law(temperature, top_k):
     count, logits = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
     config = SamplerConfig(temperature=temperature, top_k=top_k)
-    keys = row_keys(KEY, jnp.arange(count // 4), 4)
-    tokens, _, sampled = draw_tokens(jnp.tile(logits, (count, 1)), keys, jnp.int32(2), config)
+    noise = row_noise(KEY, jnp.arange(count // 4), 4, 3)[:, 2]
+    tokens, _, sampled = draw_tokens(jnp.tile(logits, (count, 1)), noise, config)
     law = np.exp(logits / temperature) * numpy_truncate(logits, top_k, 1.0)
     law /= law.sum()
     got = np.bincount(np.asarray(tokens), minlength=6)
@@ -212,6 +218,28 @@ def test_frequencies_are_those_of_the_law(temperature, top_k):
     real = law > 0
     chi_square = ((got - count * law)[real] ** 2 / (count * law[real])).sum()
     assert chi_square < 18.5  # 4 degrees of freedom: 0.999 of the law's own draws lie below
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 63, 64, 65, 1000])
+def test_a_token_is_the_one_whose_share_of_its_block_and_of_all_the_noise_falls_in(vocabulary):
+    random = np.random.default_rng(vocabulary)
+    logits = random.normal(0, 2, (200, vocabulary)).astype(np.float32)
+    logits[random.random(logits.shape) < 0.3] = -np.inf
+    logits[:, -1] = 1.0
+    noise = random.random((200, 2)).astype(np.float32)
+    noise[:20], noise[20:40] = 0.0, np.float32(1 - 2**-24)  # the ends of what a uniform number may be
+    tokens, logps, _ = (np.asarray(x) for x in draw_tokens(jnp.asarray(logits), jnp.asarray(noise), CONFIG))
+    width = 2 ** int(np.ceil(np.log2(vocabulary) / 2))
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    for row, token, u in zip(p, tokens, noise.astype(np.float64), strict=True):
+        assert row[token] > 0
+        block = token // width
+        before, own = row[: block * width].sum(), row[block * width : (block + 1) * width].sum()
+        assert before - 1e-6 <= u[0] <= before + own + 1e-6
+        inside = row[block * width : token].sum()
+        assert inside - 1e-6 <= u[1] * own <= inside + row[token] + 1e-6
+    np.testing.assert_allclose(logps, np.log(p[np.arange(200), tokens]), atol=1e-5)
 
 
 # Ends.
@@ -249,3 +277,93 @@ def test_nothing_is_decoded_after_a_first_token_that_ends_every_row():
     everything = tuple(range(tiny.VOCABULARY))
     rollout = draw_bigram(dataclasses.replace(CONFIG, max_new_tokens=9), end_ids=everything)
     assert (rollout.lengths == 1).all() and rollout.ended.all()
+
+
+def test_no_end_token_is_drawn_before_the_minimum_and_the_full_law_is_told():
+    config = SamplerConfig(group_size=32, max_new_tokens=T, min_new_tokens=4)
+    rollout = draw_bigram(config, end_ids=(1, 7, 20))
+    assert rollout.lengths.min() == 4 and rollout.ended.any()
+    logps, p = bigram.logps_of(bigram.params()["table"], rollout)
+    np.testing.assert_allclose(rollout.logps, np.where(rollout.mask == 1, logps, 0), atol=2e-6)
+    kept = 1 - p[..., [1, 7, 20]].sum(-1)
+    want = np.where(np.arange(T) < 3, logps - np.log(kept), logps)
+    np.testing.assert_allclose(rollout.sampled_logps, np.where(rollout.mask == 1, want, 0), atol=2e-6)
+
+
+def test_a_stop_string_ends_a_row_however_its_text_is_cut():
+    pieces = [b"", b"a", b"b", b"ab", b"ba", b"abc", b"c", b"<", b"bc<"]
+    stops = stop_table(("abab", "c<"), pieces)
+    random = np.random.default_rng(0)
+    for tokens in random.integers(0, len(pieces), (300, 7)):
+        state, text, found = np.zeros(1, np.int32), b"", False
+        for token in tokens:
+            text += pieces[token]
+            found |= b"abab" in text or b"c<" in text
+            state = stops.step(state, np.array([token]))
+            assert bool(stops.found(state)[0]) == found
+    assert stop_table((), pieces) is None
+
+
+def test_the_sampler_stops_at_a_stop_string():
+    pieces = [bytes([97 + i % 3]) for i in range(tiny.VOCABULARY)]
+    config = SamplerConfig(group_size=8, max_new_tokens=12)
+    stops = stop_table(("ab",), pieces)
+    run = jax.jit(lambda p: sample(bigram.Bigram(), {"params": bigram.params()}, p, KEY, config, (), stops))
+    rollout, free = jax.device_get(run(PROMPTS)), draw_bigram(config, end_ids=())
+    for tokens, n, ended, uncut in zip(rollout.tokens, rollout.lengths, rollout.ended, free.tokens, strict=True):
+        text = b"".join(pieces[t] for t in uncut)
+        assert n == (text.index(b"ab") + 2 if b"ab" in text else 12) and ended == (b"ab" in text)
+        np.testing.assert_array_equal(tokens[:n], uncut[:n])
+    assert rollout.ended.any()
+
+
+# Slots that are refilled.
+
+ENDS = (1, 7, 20)
+LONG = SamplerConfig(group_size=8, max_new_tokens=16)
+
+
+def first_come(lengths, slots):
+    """(pass at which each completion starts, passes in all) when a slot takes the next one as soon as it is free."""
+    free, started = [0] * slots, []
+    for n in lengths:
+        at = min(free)
+        started.append(at)
+        free[free.index(at)] = at + n - 1
+    return np.array(started), max(free)
+
+
+@pytest.mark.parametrize(("slots", "weight"), [(1, 1), (5, 1), (6, 0), (16, 1), (23, 1)])
+def test_refilled_slots_draw_the_tokens_of_rows_of_their_own(slots, weight):
+    prompts = PROMPTS.replace(weight=np.array([1, weight, 1], np.float32))
+    want = draw_bigram(LONG, prompts, end_ids=ENDS)
+    got = draw_bigram(dataclasses.replace(LONG, slots=slots), prompts, end_ids=ENDS)
+    for name in want.__dataclass_fields__:
+        if name not in ("started", "scores", "advantages"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    assert not want.started.any() and (slots == 23 or got.started.any())  # 23: a first token may have ended a row
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_refilled_slots_of_the_decoder_draw_its_tokens(slots, base):
+    config = dataclasses.replace(CONFIG, slots=slots)
+    module, variables = Decoder(ARCHITECTURE, scanned=False), unstack({"params": PARAMS}, ARCHITECTURE)
+    run = jax.jit(lambda prompts: sample(module, variables, prompts, KEY, config, tiny.END_IDS))
+    got = jax.device_get(run(PROMPTS))
+    np.testing.assert_array_equal(got.tokens, base.tokens)
+    np.testing.assert_array_equal(got.lengths, base.lengths)
+    np.testing.assert_allclose(got.logps, base.logps, atol=1e-5)
+
+
+def test_slots_are_as_busy_as_on_a_first_come_schedule():
+    config = SamplerConfig(group_size=64, max_new_tokens=64, slots=16)
+    rollout = draw_bigram(config, end_ids=(1,))
+    assert 10 < rollout.lengths.mean() < 40 and len(np.unique(rollout.lengths)) > 20
+    started, passes = first_come(rollout.lengths, 16)
+    done = (rollout.started + rollout.lengths - 1).max()
+    busy, offered = jax.device_get(occupancy(rollout, 16))
+    assert busy == (rollout.lengths - 1).sum() and offered == done * 16
+    assert busy / offered >= 0.97 * (rollout.lengths - 1).sum() / (passes * 16)
+    last = rollout.started.max()  # until then completions wait
+    held = np.minimum(rollout.started + rollout.lengths - 1, last) - rollout.started
+    assert held.sum() / (last * 16) >= 0.95
