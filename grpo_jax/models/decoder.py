@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import Cache, CacheIndex, LayerCache, read, start, write
-from grpo_jax.ops.attention import attend, attend_shared_prefix, visible
+from grpo_jax.ops.attention import attend_self, attend_shared_prefix
 from grpo_jax.ops.norms import rms_norm
 from grpo_jax.ops.rope import rotary_angles, rotate
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         if entry is not None and index is not None and index.prefilled:
             out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype))
         else:
-            out = attend(query, key, value, visible(positions, positions, segments, segments, window))
+            out = attend_self(query, key, value, positions, segments, window)
         out = out.reshape(batch, length, a.heads * a.head_size)
         return Dense(a.width, self.dtype, name="out")(out), entry
 

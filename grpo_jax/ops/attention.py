@@ -6,6 +6,8 @@ Who sees whom is told by explicit positions, segment ids and windows, never dedu
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.ops.packing import SharedPrefix
+
 MASKED = -1e30  # finite, so that a row with nothing to see gives a mean and not a NaN
 
 
@@ -67,6 +69,69 @@ def attend_shared_prefix(
     out = out.reshape(batch, kv_heads, -1, size)
     out = out + jnp.einsum("bkgz,bkze->bkge", own_weights.astype(own_value.dtype), own_value)
     return out.reshape(batch, 1, heads, size)
+
+
+def attend_self(
+    query: Float[Array, "R S H E"],
+    key: Float[Array, "R S K E"],
+    value: Float[Array, "R S K E"],
+    positions: Int[Array, "R S"],
+    segments: Int[Array, "R S"] | SharedPrefix,
+    window: Int[Array, ""] | int,
+) -> Float[Array, "R S H E"]:
+    """Attention of a batch to itself, its segments being ids or packs with shared prompts."""
+    if isinstance(segments, SharedPrefix):
+        return attend_packed(query, key, value, positions, segments, window)
+    return attend(query, key, value, visible(positions, positions, segments, segments, window))
+
+
+def attend_packed(
+    query: Float[Array, "D X H E"],
+    key: Float[Array, "D X K E"],
+    value: Float[Array, "D X K E"],
+    positions: Int[Array, "D X"],
+    segments: SharedPrefix,
+    window: Int[Array, ""] | int,
+) -> Float[Array, "D X H E"]:
+    """Prompts to themselves; rows to themselves and to their tokens' prompts, in one softmax."""
+    parts, n, width = segments.prompt_segments.shape
+    _, r, length = segments.segments.shape
+    heads, size = query.shape[2:]
+
+    def cut(x: Array) -> tuple[Array, Array]:
+        prompts, rows = x[:, : n * width], x[:, n * width :]
+        return prompts.reshape(parts * n, width, *x.shape[2:]), rows.reshape(parts * r, length, *x.shape[2:])
+
+    (prompt_query, row_query), (prompt_key, row_key), (prompt_value, row_value) = cut(query), cut(key), cut(value)
+    prompt_places, row_places = cut(positions)
+    own = segments.prompt_segments.reshape(parts * n, width)
+    prompts = attend(prompt_query, prompt_key, prompt_value, visible(prompt_places, prompt_places, own, own, window))
+    ids = segments.segments.reshape(parts * r, length)
+    own_mask = visible(row_places, row_places, ids, ids, window)
+    # All prompts of the pack lie before each row; a token sees the one that it continues.
+    numbers = jnp.arange(1, n + 1)[:, None] * segments.prompt_segments  # [D, n, P]: 0 in the padding
+    wanted = jnp.where(segments.segments > 0, segments.prompt + 1, -1).reshape(parts, r * length)
+    places = (row_places.reshape(parts, -1), prompt_places.reshape(parts, -1))
+    prompt_mask = visible(*places, wanted, numbers.reshape(parts, -1), window).reshape(parts, r, length, n * width)
+    kv_heads = key.shape[2]
+    grouped = row_query.reshape(parts, r, length, kv_heads, -1, size)
+    before = (x.reshape(parts, n * width, *x.shape[2:]) for x in (prompt_key, prompt_value))
+    before_key, before_value = before
+    scale = size**-0.5
+    before_scores = jnp.einsum("drskge,dzke->drkgsz", grouped, before_key, preferred_element_type=jnp.float32)
+    own_scores = jnp.einsum(
+        "bskge,bzke->bkgsz", grouped.reshape(-1, *grouped.shape[2:]), row_key, preferred_element_type=jnp.float32
+    ).reshape(parts, r, kv_heads, -1, length, length)
+    before_weights, own_weights = softmax(
+        [
+            jnp.where(prompt_mask[:, :, None, None], before_scores * scale, MASKED),
+            jnp.where(own_mask.reshape(parts, r, 1, 1, length, length), own_scores * scale, MASKED),
+        ]
+    )
+    out = jnp.einsum("drkgsz,dzke->drskge", before_weights.astype(value.dtype), before_value)
+    own_weights = own_weights.reshape(parts * r, *own_weights.shape[2:]).astype(value.dtype)
+    out = out + jnp.einsum("bkgsz,bzke->bskge", own_weights, row_value).reshape(out.shape)
+    return jnp.concatenate([x.reshape(parts, -1, heads, size) for x in (prompts, out)], axis=1)
 
 
 def softmax(segments: list[Float[Array, "*R z"]]) -> list[Float[Array, "*R z"]]:

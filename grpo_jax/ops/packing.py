@@ -1,0 +1,243 @@
+"""Packs: completions laid end to end in rows of a fixed width, group by group, each group's prompt once.
+
+A pack has a static shape: `prompts` prompts of P tokens and `rows` rows of T. How many packs there are follows from the
+lengths, so that a batch of short completions costs few of them. D parts (the devices that rows are split over) are
+packed apart from each other.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+EMPTY = -1
+
+
+class Packing(flax.struct.PyTreeNode):
+    """Where each completion lies: token t of completion g of group n is cell (pack, row, offset + t).
+
+    `slot` is the place of a group's prompt among those of its pack. Completions without tokens lie nowhere that counts.
+    """
+
+    pack: Int[Array, "D N"]
+    slot: Int[Array, "D N"]
+    row: Int[Array, "D N G"]
+    offset: Int[Array, "D N G"]
+    count: Int[Array, "D"]
+
+
+def pack_groups(lengths: Int[Array, "D N G"], rows: int, width: int, prompts: int) -> Packing:
+    """Whole groups in order, each in the pack of the one before where rows and prompts suffice, else in the next.
+
+    Completions of a group go end to end (next fit). Raises ValueError where a whole group might not fit a pack.
+    """
+    if rows < lengths.shape[2] or prompts < 1:
+        raise ValueError(f"{rows=} of a pack must hold a group of {lengths.shape[2]}, and {prompts=} at least one")
+    has_tokens = jnp.any(lengths > 0, axis=2)
+
+    def place(row: Array, fill: Array, group: Array) -> tuple[Array, Array, Array, Array]:
+        placed = []
+        for length in group:  # G of them, unrolled
+            wraps = fill + length > width
+            row, fill = jnp.where(wraps, row + 1, row), jnp.where(wraps, 0, fill)
+            placed.append((row, fill))
+            fill = fill + length
+        at_row, at_offset = (jnp.stack(x) for x in zip(*placed, strict=True))
+        return at_row, at_offset, row, fill
+
+    def step(carry: tuple[Array, ...], group: tuple[Array, Array]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        pack, slot, row, fill = carry
+        sizes, real = group
+        going_on, anew = place(row, fill, sizes), place(jnp.int32(0), jnp.int32(0), sizes)
+        fresh = (going_on[2] >= rows) | (slot >= prompts)
+        at_row, at_offset, row_after, fill_after = (jnp.where(fresh, a, b) for a, b in zip(anew, going_on, strict=True))
+        pack_here, slot_here = pack + fresh, jnp.where(fresh, 0, slot)
+        after = (pack_here, slot_here + 1, row_after, fill_after)
+        carry = tuple(jnp.where(real, new, old) for new, old in zip(after, carry, strict=True))
+        return carry, (pack_here, slot_here, at_row, at_offset)
+
+    def one(sizes: Array, real: Array) -> Packing:
+        zero = jnp.int32(0)
+        last, (pack, slot, row, offset) = jax.lax.scan(step, (zero, zero, zero, zero), (sizes, real))
+        return Packing(pack, slot, row, offset, jnp.where(jnp.any(real), last[0] + 1, 0))
+
+    return jax.vmap(one)(lengths.astype(jnp.int32), has_tokens)
+
+
+class PackIndex(flax.struct.PyTreeNode):
+    """One pack of each part: which groups it holds, and the maps between its cells and their tokens.
+
+    `groups` are group numbers (EMPTY: none); `token` tells each cell its place in the pack's own groups x G x T tokens,
+    and `cell` each of those its cell.
+    """
+
+    groups: Int[Array, "D n"]
+    token: Int[Array, "D r T"]
+    cell: Int[Array, "D n G T"]
+
+
+def pack_indices(packing: Packing, lengths: Int[Array, "D N G"], rows: int, width: int, prompts: int) -> PackIndex:
+    """The indices of all packs, [K, D, ...] with K = N, the most there can be; those from `count` on are empty."""
+    parts, count, size = lengths.shape
+    place = jnp.arange(width)
+    inside = place < lengths[..., None]  # [D, N, G, T]
+    n = packing.slot[..., None, None] * size + jnp.arange(size)[:, None]
+    token = n * width + place
+    cells = packing.row[..., None] * width + packing.offset[..., None] + place
+    pack = jnp.broadcast_to(packing.pack[..., None, None], cells.shape)
+
+    def scatter(shape: tuple[int, ...], at: Array, values: Array) -> Array:
+        """[D, K, *shape] with each part's values at (its pack, place), EMPTY elsewhere."""
+        flat = shape[0]
+        where = jnp.where(inside, pack * flat + at, count * flat).reshape(parts, -1)
+        empty = jnp.full((parts, count * flat), EMPTY, jnp.int32)
+        put = jax.vmap(lambda e, i, v: e.at[i].set(v, mode="drop", unique_indices=False))
+        return put(empty, where, jnp.broadcast_to(values, cells.shape).reshape(parts, -1)).reshape(parts, count, flat)
+
+    tokens = scatter((rows * width,), cells, token).reshape(parts, count, rows, width)
+    inverse = scatter((prompts * size * width,), jnp.broadcast_to(token, cells.shape), cells)
+    inverse = inverse.reshape(parts, count, prompts, size, width)
+    real = jnp.any(lengths > 0, axis=2)
+    where = jnp.where(real, packing.pack * prompts + packing.slot, count * prompts)
+    numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), where.shape)
+    empty = jnp.full((parts, count * prompts), EMPTY, jnp.int32)
+    groups = jax.vmap(lambda e, i, v: e.at[i].set(v, mode="drop"))(empty, where, numbers)
+    groups = groups.reshape(parts, count, prompts)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), PackIndex(groups, tokens, inverse))
+
+
+def move(x: Array, to: Int[Array, "*out"], back: Int[Array, "*inside"]) -> Array:
+    """x's entries at `to` (0 where EMPTY), for maps that are each other's inverse; the gradient is `move` back.
+
+    A gather's own gradient is a scatter, which XLA's CPU backend does one entry after another.
+    """
+
+    @jax.custom_vjp
+    def gather(x: Array) -> Array:
+        return _take(x, to)
+
+    gather.defvjp(lambda x: (_take(x, to), None), lambda _, g: (_take(g, back).reshape(x.shape),))
+    return gather(x)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """[D, *out] of x [D, ...], the entries of each part numbered in order."""
+    flat = x.reshape(x.shape[0], -1)
+    taken = jax.vmap(lambda part, i: part[jnp.maximum(i, 0)])(flat, index)
+    return jnp.where(index == EMPTY, jnp.zeros((), x.dtype), taken)
+
+
+class SharedPrefix(flax.struct.PyTreeNode):
+    """Who sees whom in a pack whose columns are n prompts of P tokens, then r rows of T; it stands in for segment ids.
+
+    A prompt's tokens see each other. A token of a row sees those of its own `segment`, and the prompt that `prompt`
+    numbers. Both by position too, as everywhere. Segment 0 is padding.
+    """
+
+    prompt_segments: Int[Array, "D n P"]
+    segments: Int[Array, "D r T"]
+    prompt: Int[Array, "D r T"]
+
+
+class Pack(flax.struct.PyTreeNode):
+    """A pack as the decoder takes it, and where its predictions go; R is D, or D x r where rows stand on their own.
+
+    Column q of what `predictions` makes of the hidden states predicts `targets`[q]; `rows` tells each completion token
+    its q, and `back` each q its completion token.
+    """
+
+    tokens: Int[Array, "R X"]
+    positions: Int[Array, "R X"]
+    segments: SharedPrefix | Int[Array, "R X"]
+    targets: Int[Array, "D Q"]
+    rows: Int[Array, "D n G T"]
+    back: Int[Array, "D Q"]
+
+    def predictions(self, hidden: Float[Array, "R X W"]) -> Float[Array, "D Q W"]:
+        """The hidden states that predict `targets`: with shared prompts, their last ones G times, then the rows'."""
+        if not isinstance(self.segments, SharedPrefix):
+            return hidden.reshape(*self.targets.shape, hidden.shape[-1])
+        n, width = self.segments.prompt_segments.shape[1:]
+        last = hidden[:, width - 1 : n * width : width]
+        return jnp.concatenate([jnp.repeat(last, self.rows.shape[2], axis=1), hidden[:, n * width :]], axis=1)
+
+
+def shared_pack(
+    prompts: Int[Array, "D n P"], prompt_lengths: Int[Array, "D n"], tokens: Int[Array, "D n G T"], index: PackIndex
+) -> Pack:
+    """The pack of some groups: each prompt (padded on the left) once, completions end to end."""
+    parts, n, width = prompts.shape
+    _, _, group, length = tokens.shape
+    place = jnp.arange(width) - (width - prompt_lengths[..., None])
+    cells = index.token.reshape(parts, -1)  # [D, r T]
+    completion, t = jnp.where(cells == EMPTY, 0, cells // length), cells % length
+    owner = completion // group
+    inside = cells != EMPTY
+    start = jax.vmap(lambda part, i: part[i])(prompt_lengths, owner)
+    segments = SharedPrefix(
+        prompt_segments=((place >= 0) & (index.groups >= 0)[..., None]).astype(jnp.int32),
+        segments=jnp.where(inside, completion + 1, 0).reshape(index.token.shape),
+        prompt=owner.reshape(index.token.shape),
+    )
+    following = jnp.concatenate([cells[:, 1:], jnp.full((parts, 1), EMPTY)], axis=1)
+    following = jnp.where(following % length > 0, following, EMPTY)  # EMPTY % T is not 0 and stays EMPTY
+    firsts = jnp.where(index.cell[..., 0] == EMPTY, EMPTY, jnp.arange(n * group).reshape(n, group) * length)
+    back = jnp.concatenate([firsts.reshape(parts, -1), following], axis=1)
+    before = jnp.where(index.cell == EMPTY, EMPTY, n * group + index.cell - 1)
+    first_column = jnp.broadcast_to(jnp.arange(n * group).reshape(n, group), firsts.shape)
+    first_column = jnp.where(firsts == EMPTY, EMPTY, first_column)
+    flat = jnp.where(inside, _take(tokens, cells), 0)
+    return Pack(
+        tokens=jnp.concatenate([prompts.reshape(parts, -1), flat], axis=1),
+        positions=jnp.concatenate([jnp.maximum(place, 0).reshape(parts, -1), jnp.where(inside, start + t, 0)], axis=1),
+        segments=segments,
+        targets=_take(tokens, back),
+        rows=jnp.concatenate([first_column[..., None], before[..., 1:]], axis=-1),
+        back=back,
+    )
+
+
+def plain_sequences(
+    prompts: Int[Array, "D N P"], prompt_lengths: Int[Array, "D N"], tokens: Int[Array, "D N G T"]
+) -> Int[Array, "D N G S"]:
+    """Prompt and completion without a gap, padded on the right to S = P + T."""
+    width, length = prompts.shape[2], tokens.shape[3]
+    before = jnp.broadcast_to(prompts[:, :, None], (*tokens.shape[:3], width))
+    both = jnp.concatenate([before, tokens], axis=-1)
+    place = width - prompt_lengths[:, :, None, None] + jnp.arange(width + length)
+    return jnp.take_along_axis(both, jnp.minimum(place, width + length - 1), axis=-1)
+
+
+def plain_pack(
+    sequences: Int[Array, "D n G S"], prompt_lengths: Int[Array, "D n"], length: int, index: PackIndex
+) -> Pack:
+    """The pack of some groups whose completions each bring their prompt, end to end in rows of S = P + T."""
+    parts, n, group, width = sequences.shape
+    cells = index.token.reshape(parts, -1)
+    inside = cells != EMPTY
+    completion = jnp.where(inside, cells // width, 0)
+    starts = jnp.broadcast_to(prompt_lengths[:, :, None], (parts, n, group)).reshape(parts, -1)
+    following = jnp.concatenate([cells[:, 1:], jnp.full((parts, 1), EMPTY)], axis=1)
+    owner = jnp.where(following == EMPTY, 0, following // width)
+    t = following % width - jax.vmap(lambda part, i: part[i])(starts, owner)
+    learned = (following != EMPTY) & (following % width > 0) & (t >= 0)
+    at = jnp.minimum(prompt_lengths[:, :, None, None] + jnp.arange(length), width - 1)
+    cell = jnp.take_along_axis(index.cell, jnp.broadcast_to(at, (parts, n, group, length)), axis=-1)
+    own = _take(sequences, cells)
+    ahead = jnp.concatenate([own[:, 1:], jnp.zeros((parts, 1), sequences.dtype)], axis=1)
+    rows = (-1, width)
+    return Pack(
+        tokens=own.reshape(rows),
+        positions=jnp.where(inside, cells % width, 0).reshape(rows),
+        segments=jnp.where(inside, completion + 1, 0).reshape(rows),
+        targets=jnp.where(learned, ahead, 0),
+        rows=jnp.where(cell == EMPTY, EMPTY, cell - 1),
+        back=jnp.where(learned, owner * length + t, EMPTY),
+    )
+
+
+def gather_groups(tree: Any, groups: Int[Array, "D n"]) -> Any:
+    """Leaves [D, N, ...] to [D, n, ...]: the groups of a pack, group 0 where EMPTY."""
+    return jax.tree.map(lambda x: jax.vmap(lambda part, i: part[jnp.maximum(i, 0)])(x, groups), tree)

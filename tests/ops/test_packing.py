@@ -1,0 +1,200 @@
+"""Packs: whole groups in few rows, and the decoder's log-probabilities the same as row by row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_decoder
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.ops.logprobs import token_logps
+from grpo_jax.ops.packing import (
+    EMPTY,
+    gather_groups,
+    move,
+    pack_groups,
+    pack_indices,
+    plain_pack,
+    plain_sequences,
+    shared_pack,
+)
+
+ARCHITECTURE = tiny.architecture()
+PARAMS = tiny.params(ARCHITECTURE)
+D, N, G, P, T = 2, 5, 2, 4, 6
+ROWS, PROMPTS = 3, 2
+
+
+def cells(lengths, packing, width):
+    """Every cell that a token takes: (part, pack, row, column) -> (group, completion, token)."""
+    taken = {}
+    for (d, n, g), length in np.ndenumerate(lengths):
+        for t in range(length):
+            where = (d, int(packing.pack[d, n]), int(packing.row[d, n, g]), int(packing.offset[d, n, g]) + t)
+            assert where not in taken and where[3] < width
+            taken[where] = (n, g, t)
+    return taken
+
+
+@functools.cache
+def packed(shape, rows, width, prompts):
+    @jax.jit
+    def run(lengths):
+        packing = pack_groups(lengths, rows, width, prompts)
+        return packing, pack_indices(packing, lengths, rows, width, prompts)
+
+    return run
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=D * N * G, max_size=D * N * G))
+def test_every_token_has_a_cell_of_its_own_and_groups_stay_whole(flat):
+    lengths = np.array(flat).reshape(D, N, G)
+    packing, index = jax.device_get(packed((D, N, G), ROWS, T, PROMPTS)(lengths))
+    taken = cells(lengths, packing, T)
+    assert all(row < ROWS and pack < packing.count[d] for d, pack, row, _ in taken)
+    real = lengths.any(2)
+    for d in range(D):
+        held = [(packing.pack[d, n], packing.slot[d, n]) for n in range(N) if real[d, n]]
+        assert held == sorted(set(held)) and all(slot < PROMPTS for _, slot in held)
+        assert packing.count[d] == (held[-1][0] + 1 if held else 0)
+        for n in range(N):
+            place = (index.groups[packing.pack[d, n], d, packing.slot[d, n]] == n) if real[d, n] else True
+            assert place
+    assert (index.groups >= 0).sum() == real.sum()
+    assert (index.token != EMPTY).sum() == lengths.sum() == (index.cell != EMPTY).sum()
+    for (d, pack, row, column), (n, g, t) in taken.items():
+        token = index.token[pack, d, row, column]
+        assert token == (packing.slot[d, n] * G + g) * T + t
+        assert index.cell[pack, d, packing.slot[d, n], g, t] == row * T + column
+
+
+def test_short_completions_take_few_packs_and_long_ones_one_each():
+    short = np.full((1, 8, 4), 2)
+    packing, _ = packed((1, 8, 4), 4, 8, 4)(short)
+    assert packing.count[0] == 2  # 4 x 4 completions of 2 tokens fill 4 rows of 8
+    packing, _ = packed((1, 8, 4), 4, 8, 4)(np.full((1, 8, 4), 8))
+    assert packing.count[0] == 8
+    with pytest.raises(ValueError, match="rows=3"):
+        pack_groups(jnp.asarray(short), 3, 8, 4)
+
+
+def test_moving_there_and_its_gradient_back():
+    x = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    to = np.array([[3, EMPTY, 0, 5], [1, 2, EMPTY, EMPTY]])
+    back = np.full((2, 6), EMPTY)
+    for d, i in np.argwhere(to != EMPTY):
+        back[d, to[d, i]] = i
+    weight = np.arange(8.0, dtype=np.float32).reshape(2, 4)
+    value, gradient = jax.value_and_grad(lambda x: (move(x, to, back) * weight).sum())(x)
+    want = np.zeros_like(x)
+    for d, i in np.argwhere(to != EMPTY):
+        want[d, to[d, i]] = weight[d, i]
+    np.testing.assert_array_equal(gradient, want)
+    np.testing.assert_allclose(value, (want * x).sum(), rtol=1e-6)
+
+
+def batch():
+    random = np.random.default_rng(5)
+    lengths = np.array([[[6, 1], [2, 3], [0, 0], [1, 1], [6, 6]], [[0, 4], [1, 0], [2, 2], [6, 5], [3, 3]]])
+    prompt_lengths = np.array([[4, 1, 2, 3, 4], [2, 3, 4, 1, 2]])
+    prompts = random.integers(0, tiny.VOCABULARY, (D, N, P)).astype(np.int32)
+    tokens = random.integers(0, tiny.VOCABULARY, (D, N, G, T)).astype(np.int32)
+    return lengths, prompt_lengths, prompts, tokens
+
+
+@functools.cache
+def oracle():
+    lengths, prompt_lengths, prompts, tokens = batch()
+    want = np.zeros(tokens.shape)
+    for (d, n, g), length in np.ndenumerate(lengths):
+        if length:
+            prompt = prompts[d, n, P - prompt_lengths[d, n] :]
+            row = tokens[d, n, g, :length]
+            want[d, n, g, :length] = numpy_decoder.completion_logps(PARAMS, ARCHITECTURE, prompt, row)
+    return want
+
+
+def packed_logps(params, architecture, shared, weight):
+    """The weighted sum of all log-probabilities, pack by pack, and the log-probabilities [D, N, G, T]."""
+    lengths, prompt_lengths, prompts, tokens = (jnp.asarray(x) for x in batch())
+    module = Decoder(architecture)
+    if not shared:  # completions on their own, each a group of one
+        prompts, prompt_lengths = (jnp.repeat(x, G, axis=1) for x in (prompts, prompt_lengths))
+        tokens, lengths = tokens.reshape(D, N * G, 1, T), lengths.reshape(D, N * G, 1)
+    width = T if shared else P + T
+    sizes = lengths if shared else jnp.where(lengths > 0, lengths + prompt_lengths[..., None], 0)
+    packing = pack_groups(sizes, ROWS, width, PROMPTS)
+    indices = pack_indices(packing, sizes, ROWS, width, PROMPTS)
+    made = []
+    for i in range(tokens.shape[1]):
+        index = jax.tree.map(lambda x, i=i: x[i], indices)
+        own = gather_groups((prompts, prompt_lengths, tokens), index.groups)
+        if shared:
+            pack = shared_pack(*own, index)
+        else:
+            pack = plain_pack(plain_sequences(*own), own[1], T, index)
+        hidden = module.apply({"params": params}, pack.tokens, pack.positions, pack.segments)
+        logits = functools.partial(module.apply, {"params": params}, method="logits")
+        logps, _ = token_logps(pack.predictions(hidden), logits, pack.targets)
+        made.append(move(logps, pack.rows, pack.back))
+    stored = jnp.stack(made)
+    by_group = jax.vmap(lambda s, k, n: s[k, n], (1, 0, 0))(stored, packing.pack, packing.slot)
+    real = (jnp.arange(T) < lengths[..., None]) & (lengths.any(2) > 0)[..., None, None]
+    by_group = jnp.where(real, by_group, 0).reshape(D, N, G, T)
+    return (by_group * weight).sum(), by_group
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_log_probabilities_and_gradients_of_packs_are_those_of_rows(shared):
+    weight = np.random.default_rng(1).normal(size=(D, N, G, T)).astype(np.float32)
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(packed_logps, architecture=ARCHITECTURE, shared=shared), has_aux=True)
+    )
+    (_, logps), gradient = run(PARAMS, weight=weight)
+    np.testing.assert_allclose(logps, oracle(), atol=2e-5)
+    _, plain = reference_gradient(weight)
+    for (path, got), want in zip(
+        jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(plain), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-5 * max(np.abs(want).max(), 1.0), err_msg=str(path))
+
+
+@functools.cache
+def plain_gradient():
+    lengths, prompt_lengths, prompts, tokens = batch()
+    module = Decoder(ARCHITECTURE)
+    rows = []
+    for (d, n, g), length in np.ndenumerate(lengths):
+        prompt = prompts[d, n, P - prompt_lengths[d, n] :]
+        rows.append(np.concatenate([prompt, tokens[d, n, g, :length], np.zeros(P + T, np.int32)])[: P + T])
+    rows = np.array(rows)
+    start = np.repeat(prompt_lengths.reshape(-1), G)
+    whole = start + lengths.reshape(-1)
+    place = np.broadcast_to(np.arange(P + T), rows.shape)
+    segments = (place < whole[:, None]).astype(np.int32)
+
+    @jax.jit
+    def run(params, weight):
+        def total(params):
+            hidden = module.apply({"params": params}, rows, place, segments)
+            logits = functools.partial(module.apply, {"params": params}, method="logits")
+            logps, _ = token_logps(hidden[:, :-1], logits, rows[:, 1:])
+            at = np.minimum(start[:, None] - 1 + np.arange(T), P + T - 2)
+            logps = jnp.take_along_axis(logps, at, axis=1)
+            real = np.arange(T) < lengths.reshape(-1, 1)
+            return (jnp.where(real, logps, 0) * weight.reshape(-1, T)).sum()
+
+        return jax.value_and_grad(total)(params)
+
+    return run
+
+
+def reference_gradient(weight):
+    """The same sum and its gradient, each completion in a row of its own."""
+    return jax.device_get(plain_gradient()(PARAMS, weight))
