@@ -214,7 +214,7 @@ def main() -> None:
     steps, cpu, others, tokens, phases = [], [], [], [], []
     for number, batch in enumerate(batches):
         marks = time.perf_counter(), time.process_time(), machine_busy_s()
-        state, metrics, rollout = program(state, batch)
+        state, metrics, _ = program(state, batch)
         jax.block_until_ready(state)
         now = time.perf_counter(), time.process_time(), machine_busy_s()
         if number >= options.warmup:

@@ -1,10 +1,11 @@
 """The sampler: a pure function from parameters and prompts to a rollout, meant to be inside a program.
 
-With `sampler.slots` = 0 every completion has a row of its own, and decoding ends when the last one has. With fewer slots
-than completions a slot whose row has ended takes the next completion: an outer loop writes out and refills, an inner one
-decodes until enough slots are free (a refill by `lax.cond` inside the decode loop would copy the whole cache at every
-token). All rows write the same column of their buffers and of the cache, `clock` modulo T, each from a start of its
-own, so that a write is one slice. The tokens do not depend on the slots: noise is named by completion and position.
+With `sampler.slots` = 0 every completion has a row of its own, and decoding ends when the last one has. With fewer
+slots than completions a slot whose row has ended takes the next completion: an outer loop writes out and refills, an
+inner one decodes until enough slots are free (a refill by `lax.cond` inside the decode loop would copy the whole cache
+at every token). All rows write the same column of their buffers and of the cache, `clock` modulo T, each from a start
+of its own, so that a write is one slice. The tokens do not depend on the slots: noise is named by completion and
+position.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from grpo_jax.sampler.types import Prompts, Rollout
 
 
 class Slots(flax.struct.PyTreeNode):
-    """What each slot holds: a completion (`row`; B: none yet) and its tokens, in columns `start`, `start` + 1, ... mod T.
+    """What each slot holds: a completion (`row`; B: none yet) and its tokens, in columns `start`, `start` + 1, .. mod T.
 
     `count` tokens are drawn, the newest is `last`; `done` rows draw no more, and `ended` did so by an end token or a
     stop string, `stop` being the state of the automaton that looks for them. `started` is the clock at the first token.
