@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="grpo-jax", description="GRPO in JAX: a training step is one compiled program.", allow_abbrev=False
     )
+    top.add_argument("--version", action="version", version=f"grpo-jax {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -203,6 +205,13 @@ def _set_up_jax(config: configs.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", folder or None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("grpo-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its source)"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -384,6 +384,22 @@ def _markdown_table(fields: list[dataclasses.Field], section: Any = None, prefix
     return lines
 
 
+# Names that users of TRL bring.
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "max_steps": "train.steps",
+    "num_generations": "sampler.group_size",
+    "max_completion_length": "sampler.max_new_tokens",
+    "per_device_train_batch_size": "objective.micro_batch_size",
+    "gradient_accumulation_steps": "objective.micro_batch_size",
+    "reward_funcs": "rewards.names",
+    "reward_weights": "rewards.weights",
+    "model_name_or_path": "model.path",
+}
+
+
 def unknown_field(source: str, name: str) -> InputError:
     """The error for a field that does not exist, naming the nearest that does."""
     names = field_names()
@@ -391,10 +407,10 @@ def unknown_field(source: str, name: str) -> InputError:
     if name in sections:
         inside = [n for n in names if n.startswith(f"{name}.")]
         return InputError(f"{source}: {name} is a section: set a field of it: {', '.join(inside)}")
-    near = difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.5)
-    if not near:
-        leaf = name.rsplit(".", 1)[-1]
-        near = [n for n in names if n.rsplit(".", 1)[-1] == leaf]
+    leaf = name.rsplit(".", 1)[-1]
+    near = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else []
+    near = near or difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.5)
+    near = near or [n for n in names if n.rsplit(".", 1)[-1] == leaf]
     hint = f"; did you mean {near[0]}?" if near else ""
     return InputError(f"{source}: unknown field {name}{hint}")
 

@@ -48,6 +48,12 @@ def test_help_lists_the_commands(capsys):
         assert ("--dry_run" in shown) == (name == "train") and ("--config NAME" in shown) == (name != "report")
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("grpo-jax ")
+
+
 def test_the_module_runs_as_the_installed_command_does(run_cli):
     done = run_cli("--help", timeout=120)
     assert done.returncode == 0 and "train" in done.stdout and not done.stderr

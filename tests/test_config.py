@@ -249,6 +249,8 @@ def test_overrides(arguments, name, value):
     [
         (["--config.optim.lrr=1"], "--config: unknown field optim.lrr; did you mean optim.lr?"),
         (["--config.optm.lr=1"], "--config: unknown field optm.lr; did you mean optim.lr?"),
+        (["--config.learning_rate=1"], "--config: unknown field learning_rate; did you mean optim.lr?"),
+        (["--config.num_generations=8"], "--config: unknown field num_generations; did you mean sampler.group_size?"),
         (["--config.optim=1"], "--config: optim is a section: set a field of it: optim.name, optim.lr"),
         (["--config.optim.lr"], "--config.optim.lr: has no value; write --config.optim.lr=VALUE"),
         (["--config.optim.lr=fast"], "optim.lr=fast"),

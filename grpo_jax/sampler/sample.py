@@ -25,7 +25,7 @@ from grpo_jax.sampler.types import Prompts, Rollout
 
 
 class Slots(flax.struct.PyTreeNode):
-    """What each slot holds: a completion (`row`; B: none yet) and its tokens, in columns `start`, `start` + 1, .. mod T.
+    """What each slot holds: a completion (`row`; B: none yet), its tokens in columns `start`, `start` + 1, .. mod T.
 
     `count` tokens are drawn, the newest is `last`; `done` rows draw no more, and `ended` did so by an end token or a
     stop string, `stop` being the state of the automaton that looks for them. `started` is the clock at the first token.
