@@ -448,7 +448,7 @@ def validate(config: Config, source: str = "config") -> None:
         require(value_of(c, name) > 0, name, "must be positive")
     not_negative = (
         "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm "
-        "optim.warmup_steps optim.weight_decay sampler.top_k eval.every eval.majority checkpoint.every "
+        "optim.warmup_steps optim.weight_decay sampler.top_k sampler.slots eval.every eval.majority checkpoint.every "
         "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
         "eval.alarm_drop"
@@ -464,7 +464,6 @@ def validate(config: Config, source: str = "config") -> None:
         "sampler.min_new_tokens",
         "must be from 0 to sampler.max_new_tokens",
     )
-    require(c.sampler.slots >= 0, "sampler.slots", "must be at least 0")
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
     for name in ("objective.epsilon", "base.right_share"):
         require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")

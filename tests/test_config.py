@@ -106,7 +106,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "objective.micro_batch_size objective.reference_every objective.beta objective.epsilon_high "
     "objective.advantage_epsilon optim.lr optim.clip_norm optim.warmup_steps optim.weight_decay "
-    "optim.final_lr_fraction sampler.top_k eval.every eval.majority eval.temperature eval.alarm_drop "
+    "optim.final_lr_fraction sampler.top_k sampler.slots eval.every eval.majority eval.temperature eval.alarm_drop "
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
     "train.halt_when_nonfinite"
 ).split()
@@ -132,6 +132,8 @@ def test_must_not_be_negative(name):
         ({"sampler.temperature": -1.0}, "sampler.temperature=-1.0 must not be negative"),
         ({"sampler.top_p": 0.0}, "sampler.top_p=0.0 must be above 0 and at most 1"),
         ({"sampler.top_p": 1.5}, "sampler.top_p=1.5 must be above 0 and at most 1"),
+        ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
+        ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
         ({"objective.epsilon": 1.1}, "objective.epsilon=1.1 must lie between 0 and 1"),
         ({"objective.epsilon": -0.1}, "objective.epsilon=-0.1 must lie between 0 and 1"),

@@ -60,6 +60,8 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
         check_batch(tiny.config(**{"data.prompts_per_step": 4, "objective.micro_batch_size": 2}), mesh)
     with pytest.raises(InputError, match=r"objective\.micro_batch_size=2 must divide by the 4 devices"):
         check_batch(tiny.config(**{"data.prompts_per_step": 4, "objective.minibatches": 8}), mesh)
+    with pytest.raises(InputError, match=r"sampler\.slots=6 must divide by the 4 devices"):
+        check_batch(tiny.config(**{"data.prompts_per_step": 4, "sampler.slots": 6}), mesh)
 
 
 LAYER = {  # path -> axes after the layer axis
