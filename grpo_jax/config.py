@@ -12,7 +12,7 @@ import json
 import pathlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -129,18 +129,75 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Advantages, clipped loss, KL; defaults and names as TRL has them unless said."""
+    """Advantages, clipped loss, KL, corrections; defaults and names as TRL has them unless said."""
 
-    loss_type: str = option("dapo", "how token losses are aggregated", ("grpo", "bnpo", "dapo", "dr_grpo"))
-    epsilon: float = option(0.2, "the ratio is clipped below at 1 - epsilon")
-    epsilon_high: float = option(0.2, "the ratio is clipped above at 1 + epsilon_high")
-    beta: float = option(0.0, "weight of the k3 KL to the reference; 0: no reference is kept")
+    loss_type: str = option(
+        "dapo",
+        "the objective of a token, and how token losses are aggregated",
+        ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo", "gmpo"),
+    )
+    importance_sampling_level: str = option(
+        "token",
+        "what has a ratio: each token; the sequence (GSPO); or the sequence, with the gradient of each token "
+        "(GSPO-token)",
+        ("token", "sequence", "sequence_token"),
+    )
+    epsilon: float = option(0.2, "the ratio is clipped below at 1 - epsilon (gmpo: the log ratio at -epsilon)")
+    epsilon_high: float = option(
+        0.2, "the ratio is clipped above at 1 + epsilon_high (gmpo: the log ratio at epsilon_high)"
+    )
+    delta: float = option(0.0, "the ratio is clipped above at delta where the advantage is negative; 0: off")
+    cispo_max_ratio: float = option(5.0, "cispo: bound of the ratio (what TRL reads from epsilon_high)")
+    sapo_temperature_pos: float = option(1.0, "sapo: sharpness of the gate where the advantage is positive")
+    sapo_temperature_neg: float = option(1.05, "sapo: the same where it is not")
+    vespo_k_pos: float = option(2.0, "vespo: power of the sequence weight where the advantage is not negative")
+    vespo_lambda_pos: float = option(3.0, "vespo: its exponential decay there")
+    vespo_k_neg: float = option(3.0, "vespo: power of the sequence weight where the advantage is negative")
+    vespo_lambda_neg: float = option(2.0, "vespo: its exponential decay there")
+    beta: float = option(0.0, "weight of the KL to the reference; 0: no reference is kept")
+    kl_estimator: str = option("k3", "Schulman's estimator of the KL", ("k1", "k2", "k3"))
+    kl_gradient: str = option(
+        "estimator", "gradient of the KL: the estimator's own, or that of k2 (straight through)", ("estimator", "k2")
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus, aggregated over tokens as the loss is; 0: off")
+    top_entropy_quantile: float = option(
+        1.0, "share of the rollout's tokens, those of highest entropy, that the policy term counts; 1: all"
+    )
+    baseline: str = option(
+        "group",
+        "what is taken off a reward: the mean of its group, of the group's others (RLOO), of the batch, nothing",
+        ("group", "leave_one_out", "batch", "none"),
+    )
     scale_rewards: str = option("group", "standard deviation that divides advantages", ("group", "batch", "none"))
-    advantage_epsilon: float = option(1e-4, "added to that standard deviation (ddof 1)")
+    advantage_epsilon: float = option(1e-4, "added to that standard deviation; 0 in the papers' formulas")
+    advantage_ddof: int = option(1, "that standard deviation divides by the count less this", (0, 1))
+    normalize_advantages: bool = option(
+        False, "advantages are brought to mean 0 and deviation 1 over the batch at last (REINFORCE++)"
+    )
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "several rewards: advantages of their weighted sum, or the weighted sum of their advantages, normalised over "
+        "the batch (GDPO)",
+        ("sum_then_normalize", "normalize_then_sum"),
+    )
+    overlong_cache: int = option(
+        0, "the last so many tokens of the length budget cost up to 1 of reward, linearly (DAPO); 0: off"
+    )
+    correction: str = option(
+        "none",
+        "importance weight of the training law over the sampling law, by token or sequence, held in bounds "
+        "(truncate) or 0 outside (mask); one more forward pass a step",
+        ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )
+    correction_max: float = option(3.0, "upper bound of that weight; 0: none")
+    correction_min: float = option(0.0, "lower bound of that weight")
     num_iterations: int = option(1, "epochs over a rollout")
     minibatches: int = option(1, "optimizer updates an epoch")
     micro_batch_size: int = option(0, "completions in one gradient pass; 0: the whole minibatch")
     reference_every: int = option(0, "steps after which the reference becomes the policy; 0: never")
+    outer_iterations: int = option(
+        1, "equal parts of the run (iterative GRPO); at the end of each the reference becomes the policy; 1: never"
+    )
     mask_truncated: bool = option(False, "completions that did not end are left out of the loss")
 
 
@@ -442,7 +499,8 @@ def validate(config: Config, source: str = "config") -> None:
         "eval.samples eval.final_problems checkpoint.keep data.digits base.sft.steps base.sft.batch_size "
         "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout base.vocabulary "
         "base.worked_sums base.rope_theta base.sft.max_length cold_start.prompts cold_start.rows "
-        "cold_start.sft.max_length sft.max_length optim.eps"
+        "cold_start.sft.max_length sft.max_length optim.eps objective.cispo_max_ratio objective.sapo_temperature_pos "
+        "objective.sapo_temperature_neg objective.outer_iterations sampler.group_size"
     ).split()
     for name in positive:
         require(value_of(c, name) > 0, name, "must be positive")
@@ -451,11 +509,13 @@ def validate(config: Config, source: str = "config") -> None:
         "optim.warmup_steps optim.weight_decay sampler.top_k sampler.slots eval.every eval.majority checkpoint.every "
         "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
-        "eval.alarm_drop"
+        "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
+        "objective.overlong_cache objective.correction_max objective.correction_min objective.vespo_k_pos "
+        "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")
-    require(c.sampler.group_size >= 2, "sampler.group_size", "must be at least 2: a group of 1 has no advantage")
+    _validate_objective(c, require)
     require(c.sampler.temperature > 0, "sampler.temperature", "must be above 0: greedy groups are all equal")
     require(0 < c.sampler.top_p <= 1, "sampler.top_p", "must be above 0 and at most 1")
     require(0 <= c.sampler.min_p <= 1, "sampler.min_p", "must be from 0 to 1")
@@ -465,11 +525,9 @@ def validate(config: Config, source: str = "config") -> None:
         "must be from 0 to sampler.max_new_tokens",
     )
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
-    for name in ("objective.epsilon", "base.right_share"):
-        require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")
+    require(0 <= c.base.right_share <= 1, "base.right_share", "must lie between 0 and 1")
     for name in ("optim.b1", "optim.b2"):
         require(0 <= value_of(c, name) < 1, name, "must be at least 0 and below 1")
-    require(c.objective.epsilon_high >= 0, "objective.epsilon_high", "must not be negative")
     require(len(c.rewards.names) > 0, "rewards.names", "is empty: name at least one reward")
     require(
         len(c.rewards.weights) == len(c.rewards.names),
@@ -483,23 +541,6 @@ def validate(config: Config, source: str = "config") -> None:
         (c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)"
     )
     require(c.base.heads % c.base.kv_heads == 0, "base.heads", f"must divide by base.kv_heads={c.base.kv_heads}")
-    require(
-        c.objective.reference_every == 0 or c.objective.beta > 0,
-        "objective.reference_every",
-        "has no effect at objective.beta=0: set beta above 0 or leave it 0",
-    )
-    minibatch, left = divmod(c.completions, c.objective.minibatches)
-    require(
-        left == 0,
-        "objective.minibatches",
-        f"must divide the {c.completions} completions (data.prompts_per_step={c.data.prompts_per_step} x "
-        f"sampler.group_size={c.sampler.group_size})",
-    )
-    require(
-        c.objective.micro_batch_size == 0 or minibatch % c.objective.micro_batch_size == 0,
-        "objective.micro_batch_size",
-        f"must divide the {minibatch} completions of a minibatch",
-    )
     if c.train.time_budget:
         parse_duration(c.train.time_budget, f"{source}: train.time_budget")
     sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -513,6 +554,87 @@ def validate(config: Config, source: str = "config") -> None:
     )
 
 
+def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) -> None:
+    """What the fields of the objective ask of each other."""
+    o = c.objective
+    _validate_loss(o, require)
+    lone = o.baseline in ("batch", "none")
+    require(
+        lone or c.sampler.group_size >= 2,
+        "sampler.group_size",
+        "must be at least 2: a group of 1 has no advantage (objective.baseline=batch or none compares otherwise)",
+    )
+    require(
+        not lone or o.scale_rewards != "group",
+        "objective.scale_rewards",
+        f"needs the group's mean as objective.baseline, not {o.baseline!r}: take batch or none",
+    )
+    require(
+        o.overlong_cache <= c.sampler.max_new_tokens,
+        "objective.overlong_cache",
+        f"is more than sampler.max_new_tokens={c.sampler.max_new_tokens}",
+    )
+    for name in ("objective.reference_every", "objective.outer_iterations"):
+        off = value_of(Config(), name)
+        require(
+            value_of(c, name) == off or o.beta > 0,
+            name,
+            f"has no effect at objective.beta=0: set beta above 0 or leave it {off}",
+        )
+    require(
+        o.outer_iterations == 1 or (o.reference_every == 0 and c.train.steps % o.outer_iterations == 0),
+        "objective.outer_iterations",
+        f"must divide train.steps={c.train.steps}, with objective.reference_every=0",
+    )
+    minibatch, left = divmod(c.completions, o.minibatches)
+    require(
+        left == 0,
+        "objective.minibatches",
+        f"must divide the {c.completions} completions (data.prompts_per_step={c.data.prompts_per_step} x "
+        f"sampler.group_size={c.sampler.group_size})",
+    )
+    require(
+        o.micro_batch_size == 0 or minibatch % o.micro_batch_size == 0,
+        "objective.micro_batch_size",
+        f"must divide the {minibatch} completions of a minibatch",
+    )
+
+
+def _validate_loss(o: ObjectiveConfig, require: Callable[[bool, str, str], None]) -> None:
+    """Which ratio, bound and selection of tokens each loss can use."""
+    level = {"luspo": "sequence", "vespo": "token", "gmpo": "token"}.get(o.loss_type, o.importance_sampling_level)
+    require(
+        o.importance_sampling_level == level,
+        "objective.importance_sampling_level",
+        f"does not go with objective.loss_type={o.loss_type!r}: take {level}",
+    )
+    clipped = o.loss_type in ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
+    require(
+        o.delta == 0 or (clipped and o.delta >= 1 + o.epsilon_high),
+        "objective.delta",
+        f"must be at least 1 + objective.epsilon_high={1 + o.epsilon_high:g}"
+        if clipped
+        else f"has no effect with objective.loss_type={o.loss_type!r}: leave it 0",
+    )
+    require(0 < o.top_entropy_quantile <= 1, "objective.top_entropy_quantile", "must be above 0 and at most 1 (1: all)")
+    by_token = o.importance_sampling_level != "sequence" and o.loss_type != "gmpo"
+    require(
+        o.top_entropy_quantile == 1 or by_token,
+        "objective.top_entropy_quantile",
+        "selects tokens, and this objective has one ratio for the whole sequence: leave it 1",
+    )
+    require(
+        o.correction_max == 0 or o.correction_max >= o.correction_min,
+        "objective.correction_max",
+        f"is below objective.correction_min={o.correction_min!r}",
+    )
+    require(
+        o.loss_type != "vespo" or not o.correction.startswith("sequence"),
+        "objective.correction",
+        "does not go with objective.loss_type='vespo', which multiplies over the sequence itself: take token_truncate",
+    )
+
+
 def config_file(name: str) -> pathlib.Path:
     """The file of an experiment: a path, or the name of a config that the package carries."""
     path = pathlib.Path(name)
@@ -521,7 +643,7 @@ def config_file(name: str) -> pathlib.Path:
     for folder in config_folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    known = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
+    known = sorted({p.relative_to(f).with_suffix("").as_posix() for f in config_folders() for p in f.glob("**/*.py")})
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"--config {name}: no such file and no config of that name (known: {', '.join(known)}){hint}")

@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
-from grpo_jax.ops.advantages import advantages
+from grpo_jax.ops.advantages import advantages, overlong_penalty
+from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import masked_select, safe_divide
-from grpo_jax.ops.objectives import denominators, policy_loss_terms
+from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask
 from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.sampler.sample import left_positions, sample
@@ -39,6 +40,10 @@ Means = dict[str, Mean]
 METRIC_NAMES = {
     "clip_fraction_low": "clip/low",
     "clip_fraction_high": "clip/high",
+    "clip_fraction_delta": "clip/delta",
+    "gate": "sapo/gate",
+    "sequence_weight": "vespo/weight",
+    "selected_fraction": "entropy/selected",
     "ratio": "ratio/mean",
     "kl": "kl",
 }
@@ -161,10 +166,36 @@ def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollo
 
 def add_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Rollout:
     """The rollout with scores, and the advantages [B, T] that follow from them."""
-    rewards = parts.scorer.total(scores)
-    by_row = advantages(rewards, parts.config.sampler.group_size, parts.config.objective, rollout.weight)
-    scores = scores.replace(failed=jnp.broadcast_to(scores.failed, rewards.shape))
-    return rollout.replace(scores=scores, advantages=by_row[:, None] * rollout.mask)
+    by_token = token_advantages(parts, rollout, scores)
+    scores = scores.replace(failed=jnp.broadcast_to(scores.failed, rollout.weight.shape))
+    return rollout.replace(scores=scores, advantages=by_token * rollout.mask)
+
+
+def token_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Float[Array, "B T"] | Float[Array, "B 1"]:
+    """Advantages of the outcome, the same for a whole row, or of steps where the scorer rewards steps.
+
+    With steps, the outcome (the weighted components) is the reward of the last token, unless all its weights are 0.
+    """
+    group, o = parts.config.sampler.group_size, parts.config.objective
+    values, valid, weights = scores.values, scores.valid, parts.scorer.weights
+    if o.overlong_cache:
+        applies = jnp.any(valid != 0, axis=1, keepdims=True).astype(valid.dtype)
+        values = jnp.concatenate([values, overlong_rewards(parts, rollout)[:, None]], axis=1)
+        valid, weights = jnp.concatenate([valid, applies], axis=1), (*weights, 1.0)
+    if scores.step_rewards is None or scores.step_ends is None:
+        by_row = advantages(values, group, o, rollout.weight, component_weights=weights, valid=valid)
+        return by_row[:, None]
+    rewards, ends = scores.step_rewards, scores.step_ends
+    if any(weights):
+        last = jnp.arange(rewards.shape[1]) == rollout.lengths[:, None] - 1
+        rewards = rewards + last * jnp.sum(values * valid * jnp.asarray(weights, values.dtype), axis=1, keepdims=True)
+        ends = jnp.maximum(ends, last)
+    return advantages(rewards, group, o, rollout.weight, step_ends=ends)
+
+
+def overlong_rewards(parts: StepParts, rollout: Rollout) -> Float[Array, "B"]:
+    """The soft penalty of completions that come near the length budget."""
+    return overlong_penalty(rollout.lengths, rollout.tokens.shape[1], parts.config.objective.overlong_cache)
 
 
 class TrainingBatch(flax.struct.PyTreeNode):
@@ -175,10 +206,14 @@ class TrainingBatch(flax.struct.PyTreeNode):
     segments: Int[Array, "B S"]
     targets: Int[Array, "B T"]
     old_logps: Float[Array, "B T"]
+    sampled_logps: Float[Array, "B T"]
     ref_logps: Float[Array, "B T"] | None
     advantages: Float[Array, "B T"]
     mask: Float[Array, "B T"]
     weight: Float[Array, "B"]
+    policy_logps: Float[Array, "B T"] | None = None  # the trainer's own, before its first update
+    corrections: Float[Array, "B T"] | None = None
+    selected: Float[Array, "B T"] | None = None
 
 
 def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
@@ -193,6 +228,7 @@ def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
         segments=jnp.concatenate([segments, rollout.mask.astype(jnp.int32)], axis=1),
         targets=rollout.tokens,
         old_logps=rollout.logps,
+        sampled_logps=rollout.sampled_logps,
         ref_logps=None,
         advantages=jnp.zeros_like(rollout.mask) if rollout.advantages is None else rollout.advantages,
         mask=rollout.mask * counted[:, None],
@@ -217,6 +253,7 @@ def completion_logps(
         batch.targets,
         parts.config.sampler.temperature,
         parts.config.model.logits_chunk,
+        entropy_gradient=parts.config.objective.entropy_coef > 0,
     )
 
 
@@ -241,7 +278,8 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     batch = training_batch(rollout, objective.mask_truncated)
     pieces = split(batch, objective.minibatches, micros)
     if state.reference is not None:
-        pieces = pieces.replace(ref_logps=reference_logps(parts, state, pieces))
+        pieces = pieces.replace(ref_logps=fixed_law(parts, {**state.frozen, **state.reference}, pieces)[0])
+    pieces, corrected = with_sampled_law(parts, state, pieces)
     divisors = jax.vmap(
         lambda piece: denominators(
             piece.mask.reshape(-1, piece.mask.shape[-1]), batch.mask, objective, piece.weight.reshape(-1), batch.weight
@@ -260,7 +298,7 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     first = jax.tree.map(lambda x: x[0, 0], reports)  # before any update: the sampler's own parameters
     means = jax.tree.map(jnp.sum, reports.means)
     means |= {name: first.means[name] for name in ("sampler_gap/mean", "entropy")}
-    means |= rollout_means(parts, rollout)
+    means |= rollout_means(parts, rollout) | corrected
     means |= {"sampler_gap/max": (first.gap, 1.0), "lr": (parts.schedule(jnp.maximum(state.updates - 1, 0)), 1.0)}
     means |= {"skipped": (jnp.sum(reports.skipped), 1.0)}
     metrics = Metrics(means, jnp.sum(reports.nonfinite, (0, 1)), failed, state.skipped_in_row)
@@ -278,12 +316,31 @@ class UpdateReport(flax.struct.PyTreeNode):
     nonfinite: Float[Array, "leaves"]
 
 
-def reference_logps(parts: StepParts, state: TrainState, pieces: TrainingBatch) -> Float[Array, "M K r T"]:
-    """The reference's log-probabilities, one micro-batch at a time."""
-    variables = {**state.frozen, **state.reference}
+def fixed_law(
+    parts: StepParts, variables: dict[str, Any], pieces: TrainingBatch
+) -> tuple[Float[Array, "M K r T"], Float[Array, "M K r T"]]:
+    """Log-probabilities and entropies by variables that the updates do not change, one micro-batch at a time."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
-    logps = jax.lax.map(lambda micro: completion_logps(parts, variables, micro)[0], flat)
-    return logps.reshape(*pieces.targets.shape[:2], *logps.shape[1:])
+    laws = jax.lax.map(lambda micro: completion_logps(parts, variables, micro), flat)
+    return jax.tree.map(lambda x: x.reshape(*pieces.targets.shape[:2], *x.shape[1:]), laws)
+
+
+def with_sampled_law(parts: StepParts, state: TrainState, pieces: TrainingBatch) -> tuple[TrainingBatch, Means]:
+    """The pieces with corrections to the law that sampled and with the tokens of high entropy, where asked for.
+
+    Both read one pass of the policy before its first update, so that no split of the rollout changes them.
+    """
+    o = parts.config.objective
+    if o.correction == "none" and o.top_entropy_quantile == 1:
+        return pieces, {}
+    logps, entropies = fixed_law(parts, {**state.frozen, **state.trainable}, pieces)
+    means: Means = {}
+    if o.correction != "none":
+        weights, means = correction_weights(logps, pieces.sampled_logps, pieces.mask, o)
+        pieces = pieces.replace(policy_logps=logps, corrections=weights)
+    if o.top_entropy_quantile < 1:
+        pieces = pieces.replace(selected=top_entropy_mask(entropies, pieces.mask, o.top_entropy_quantile))
+    return pieces, means
 
 
 def micro_loss(
@@ -292,7 +349,16 @@ def micro_loss(
     """The objective's numerator over a micro-batch, its metrics, and the largest gap to the sampler."""
     logps, entropy = completion_logps(parts, {**frozen, **trainable}, micro)
     terms = policy_loss_terms(
-        logps, micro.old_logps, micro.ref_logps, micro.advantages, micro.mask, parts.config.objective, micro.weight
+        logps,
+        micro.old_logps if micro.policy_logps is None else micro.policy_logps,
+        micro.ref_logps,
+        micro.advantages,
+        micro.mask,
+        parts.config.objective,
+        micro.weight,
+        entropies=entropy,
+        corrections=micro.corrections,
+        selected=micro.selected,
     )
     count = jnp.sum(micro.mask)
     gap = masked_select(jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps), micro.mask)
@@ -346,8 +412,11 @@ def minibatch_gradient(
 
 
 def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
-    """The reference becomes the policy after every `reference_every` steps."""
-    every = parts.config.objective.reference_every
+    """The reference becomes the policy after every `reference_every` steps, or at the end of an outer iteration."""
+    o = parts.config.objective
+    every = o.reference_every
+    if o.outer_iterations > 1:
+        every = parts.config.train.steps // o.outer_iterations
     if state.reference is None or every == 0:
         return state
     due = state.step % every == 0
@@ -365,8 +434,10 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
     real = weight.reshape(-1, group).sum(axis=1)
     lengths = rollout.lengths.astype(jnp.float32)
     tokens = jnp.sum(lengths * weight)
+    total = parts.scorer.total(scores)
+    overlong = overlong_rewards(parts, rollout) if parts.config.objective.overlong_cache else jnp.zeros_like(total)
     means: Means = {
-        "reward/total": (jnp.sum(parts.scorer.total(scores) * weight), rows),
+        "reward/total": (jnp.sum((total + overlong) * weight), rows),
         "solve_rate": (jnp.sum(right), rows),
         "groups/all_right": (jnp.sum((by_group == real) & (real > 0)) * 1.0, 1.0),
         "groups/all_wrong": (jnp.sum((by_group == 0) & (real > 0)) * 1.0, 1.0),
@@ -378,6 +449,8 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
         "occupancy": occupancy(rollout, parts.config.sampler.slots),
         "tokens": (tokens, 1.0),
     }
+    if parts.config.objective.overlong_cache:
+        means["reward/overlong"] = (jnp.sum(overlong * weight), rows)
     for c, name in enumerate(parts.scorer.names):
         counted = scores.valid[:, c] * weight
         means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))

@@ -15,12 +15,13 @@ def token_logps(
     targets: Int[Array, "B T"],
     temperature: float | Float[Array, ""] = 1.0,
     chunk: int = 0,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The log-probability of each target under softmax(unembed(hidden) / temperature), and the entropy of that law.
 
     With chunk > 0 the logits of at most `chunk` positions exist at once, in the backward pass too, which computes
     them anew. Logits are widened to float32. `unembed` is a pure function of hidden states and may close over
-    parameters: gradients reach them. The entropy carries no gradient.
+    parameters: gradients reach them. The entropy carries one if `entropy_gradient`.
     """
     chex.assert_equal_shape_prefix([hidden, targets], 2)
     if chunk < 0:
@@ -29,7 +30,7 @@ def token_logps(
     def score(h: Float[Array, "b t D"], tokens: Int[Array, "b t"]) -> tuple[Array, Array]:
         logits = unembed(h)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-        return gather_logps(logits, tokens), jax.lax.stop_gradient(entropy(logits))
+        return gather_logps(logits, tokens), entropy(logits if entropy_gradient else jax.lax.stop_gradient(logits))
 
     if chunk == 0 or targets.size <= chunk:
         return score(hidden, targets)

@@ -37,11 +37,15 @@ class Scores(flax.struct.PyTreeNode):
       values: score of each component; 0 where it does not apply.
       valid: 1 where the component applies, else 0.
       failed: True when a host reward failed; the update is then skipped and the host raises.
+      step_rewards: rewards of steps, each at the token that ends it; None: the outcome alone is rewarded.
+      step_ends: 1 at the tokens that end a step, else 0.
     """
 
     values: Float[Array, "B C"]
     valid: Float[Array, "B C"]
     failed: Bool[Array, ""]
+    step_rewards: Float[Array, "B T"] | None = None
+    step_ends: Float[Array, "B T"] | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):

@@ -4,11 +4,15 @@ import dataclasses
 import functools
 import json
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
+from loss_oracle import correction_weights, exp_slope, exp_with_tangent, high_entropy, loss_and_gradients
 
+import grpo_jax
 from grpo_jax.config import ObjectiveConfig
 from grpo_jax.ops.masked import safe_divide
 from grpo_jax.ops.objectives import (
@@ -17,28 +21,31 @@ from grpo_jax.ops.objectives import (
     OBJECTIVES,
     add_terms,
     bounded_exp,
+    clipped_surrogate,
     denominators,
     k3,
     mean_metrics,
     policy_loss,
     policy_loss_terms,
+    top_entropy_mask,
 )
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 GOLDEN_KEY = {"grpo": "grpo", "bnpo": "token_mean", "dapo": "token_mean", "dr_grpo": "dr_grpo"}
+GOLDEN_KEY |= {"grpo_skip_empty": "grpo_skip_empty", "gspo": "gspo", "gspo_token": "gspo", "cispo": "cispo"}
 METRICS = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "ratio_outside_fraction")
 TOLERANCE = {"float32": (2e-4, 2e-6), "float64": (1e-9, 1e-12)}  # relative, absolute: the golden numbers' own
 CASES = (
     "plain on_policy entropy clip_higher zero_std_group all_zero_std tied_tenth length_one empty_row large_ratio "
-    "constant_length fp32_overflow masked_junk holes"
+    "delta_clip constant_length fp32_overflow masked_junk holes"
 ).split()
 ROWS, LENGTH = 12, 8  # of every batch below: a multiple of the rows, and the greatest width, of the golden cases
 
 
-def loss_and_gradient(logps, old, ref, adv, mask, config, weight=None, max_completion_length=None):
+def loss_and_gradient(logps, old, ref, adv, mask, config, weight=None, max_completion_length=None, **given):
     """`policy_loss` and its gradient by logps, in numpy. Not jitted: a compile of a second for each config adds up."""
     compute = jax.value_and_grad(policy_loss, has_aux=True)
-    (loss, metrics), grad = compute(logps, old, ref, adv, mask, config, weight, max_completion_length)
+    (loss, metrics), grad = compute(logps, old, ref, adv, mask, config, weight, max_completion_length, **given)
     return jax.tree.map(np.asarray, (loss, metrics, grad))
 
 
@@ -59,9 +66,17 @@ def golden(shared_dir):
     return {case["name"]: case for case in cases}
 
 
-def config_of(inputs, loss_type):
+def config_of(inputs, loss):
+    kind = {"grpo_skip_empty": "grpo", "gspo": "grpo", "gspo_token": "grpo"}.get(loss, loss)
+    bounds = ("gspo_eps_low", "gspo_eps_high") if loss.startswith("gspo") else ("eps_low", "eps_high")
     return ObjectiveConfig(
-        loss_type=loss_type, epsilon=inputs["eps_low"], epsilon_high=inputs["eps_high"], beta=inputs["beta"]
+        loss_type=kind,
+        importance_sampling_level={"gspo": "sequence", "gspo_token": "sequence_token"}.get(loss, "token"),
+        epsilon=inputs[bounds[0]],
+        epsilon_high=inputs[bounds[1]],
+        delta=inputs["delta"] or 0.0,
+        cispo_max_ratio=inputs["cispo_max_ratio"],
+        beta=inputs["beta"],
     )
 
 
@@ -81,9 +96,8 @@ def arrays_of(case, loss_type, dtype, rows=slice(None)):
 
 
 def test_the_golden_cases_are_all_here(golden):
-    # delta_clip needs an upper bound for negative advantages, which no option offers.
-    assert sorted(golden) == sorted([*CASES, "delta_clip"])
-    assert all(golden[name]["inputs"]["delta"] is None for name in CASES)
+    assert sorted(golden) == sorted(CASES)
+    assert [name for name in CASES if golden[name]["inputs"]["delta"]] == ["delta_clip"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -91,29 +105,45 @@ def test_the_golden_cases_are_all_here(golden):
 def test_golden(golden, name, dtype):
     inputs, expected = golden[name]["inputs"], golden[name]["expected"]
     shape = np.shape(inputs["mask"])
-    for loss_type in LOSS_TYPES:
+    for loss_type, key in GOLDEN_KEY.items():
         with jax.enable_x64(dtype == "float64"):
             arrays, times = arrays_of(golden[name], loss_type, dtype)
             loss, metrics, grad = loss_and_gradient(
                 *arrays,
                 config=config_of(inputs, loss_type),
+                weight=jnp.any(arrays[-1] != 0, axis=1).astype(dtype) if loss_type == "grpo_skip_empty" else None,
                 max_completion_length=inputs["max_completion_length"],
             )
-        want = expected["losses"][GOLDEN_KEY[loss_type]]
+        want = expected["losses"][key]
         assert loss.dtype == grad.dtype == dtype
         assert_close(loss, want["loss"], dtype, loss_type)
         assert_close(grad[: shape[0], : shape[1]] * times, want["grad_logp_new"], dtype, loss_type)
         assert np.all(grad[np.array(arrays[-1]) == 0] == 0)
-        if loss_type == "dr_grpo":  # its advantages are other ones
+        if loss_type == "cispo":
+            assert_close(metrics["clip_fraction_high"], expected["metrics"]["cispo_clip_fraction"], dtype)
+        if loss_type not in ("grpo", "bnpo", "dapo"):  # advantages or ratios are other ones
             continue
         for metric in METRICS:
             assert_close(metrics[metric], expected["metrics"][metric], dtype, metric)
+        if inputs["delta"]:
+            assert_close(metrics["clip_fraction_delta"], expected["metrics"]["delta_clip_fraction"], dtype)
+            assert metrics["clip_fraction_delta"] > 0
         assert_close(metrics["kl"], expected["metrics"]["k3_token_mean"], dtype)
         if name != "fp32_overflow":  # a ratio of e^100 reads as a smaller one
             ratio = (np.array(expected["token_ratio"]) * inputs["mask"]).sum() / np.sum(inputs["mask"])
             assert_close(metrics["ratio"], ratio, dtype)
     if name in ("all_zero_std", "tied_tenth"):
         assert loss == 0 and np.all(grad == 0)
+
+
+def test_golden_rows_that_gspo_clips(golden):
+    for name in CASES:
+        inputs, expected = golden[name]["inputs"], golden[name]["expected"]
+        with jax.enable_x64(True):
+            (new, old, _, adv, mask), _ = arrays_of(golden[name], "gspo", "float64")
+            _, metrics = clipped_surrogate(new, old, adv * mask, mask, config_of(inputs, "gspo"))
+        clipped = np.any(np.asarray(metrics["clip_fraction"]), axis=1).mean()
+        assert clipped == pytest.approx(expected["metrics"]["gspo_clip_fraction_rows"]), name
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,40 +176,7 @@ def numerator_and_gradient(new, old, ref, adv, mask, config, weight=None):
     return terms, grad
 
 
-# An independent oracle: loops, one token at a time.
-
-
-def oracle(new, old, ref, adv, mask, config, weight, length, rollout_mask=None, rollout_weight=None):
-    """Loss and gradient of one minibatch in plain Python floats."""
-    rollout_mask = mask if rollout_mask is None else rollout_mask
-    rollout_weight = weight if rollout_weight is None else rollout_weight
-    rows = sum(weight)
-    tokens = sum(mask[b].sum() for b in range(len(mask)) if weight[b])
-    rollout_tokens = sum(rollout_mask[b].sum() for b in range(len(rollout_mask)) if rollout_weight[b])
-    loss, grad = 0.0, np.zeros(new.shape)
-    for b in range(len(new)):
-        for t in range(new.shape[1]):
-            if not (mask[b, t] and weight[b]):
-                continue
-            w = {
-                "grpo": lambda b=b: 1 / (rows * mask[b].sum()),
-                "bnpo": lambda: 1 / tokens,
-                "dapo": lambda: len(rollout_mask) / len(mask) / rollout_tokens,
-                "dr_grpo": lambda: 1 / (rows * length),
-            }[config.loss_type]()
-            ratio, a = exp_with_tangent(new[b, t] - old[b, t]), adv[b, t]
-            slope = exp_slope(new[b, t] - old[b, t])
-            bound = min(max(ratio, 1 - config.epsilon), 1 + config.epsilon_high)
-            value = -min(ratio * a, bound * a)
-            clipped = (a > 0 and ratio > 1 + config.epsilon_high) or (a < 0 and ratio < 1 - config.epsilon)
-            slope = 0.0 if clipped else -a * slope
-            if config.beta:
-                d = ref[b, t] - new[b, t]
-                value += config.beta * (exp_with_tangent(d) - d - 1)
-                slope += config.beta * (1 - exp_slope(d))
-            loss += w * value
-            grad[b, t] = w * slope
-    return loss, grad
+# An independent oracle: `loss_oracle`, in plain numpy.
 
 
 def metrics_oracle(new, old, ref, adv, counted, config):
@@ -196,14 +193,6 @@ def metrics_oracle(new, old, ref, adv, counted, config):
         "kl": np.exp(d) - 1 - d,
     }
     return {name: value.mean() for name, value in by_token.items()}
-
-
-def exp_with_tangent(x):
-    return np.exp(x) if x <= 20 else np.exp(20) * (1 + x - 20)
-
-
-def exp_slope(x):
-    return np.exp(min(x, 20))
 
 
 def ragged(seed, batch=ROWS, length=LENGTH, junk=True):
@@ -226,41 +215,112 @@ def ragged(seed, batch=ROWS, length=LENGTH, junk=True):
     return new, old, ref, adv, mask, weight
 
 
-def option_sets():
-    base = ObjectiveConfig(epsilon=0.2, epsilon_high=0.28, beta=0.04)
-    return [dataclasses.replace(base, loss_type=name) for name in LOSS_TYPES] + [
-        dataclasses.replace(base, loss_type="grpo", beta=0.0, epsilon=0.1, epsilon_high=0.6)
-    ]
+BASE = ObjectiveConfig(epsilon=0.2, epsilon_high=0.28, beta=0.04)
+KINDS = (*LOSS_TYPES, "cispo", "sapo", "luspo", "vespo", "gmpo")
+OPTIONS = {
+    **{name: {"loss_type": name} for name in KINDS},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "delta": 1.4},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.05},
+    "gspo_token": {"loss_type": "grpo", "importance_sampling_level": "sequence_token", "beta": 0.0, "delta": 1.5},
+    "cispo_sequence": {"loss_type": "cispo", "importance_sampling_level": "sequence", "cispo_max_ratio": 1.1},
+    "sapo_sequence": {"loss_type": "sapo", "importance_sampling_level": "sequence", "sapo_temperature_neg": 2.0},
+    "vespo_gentle": {"loss_type": "vespo", "vespo_k_pos": 0.5, "vespo_lambda_pos": 0.4, "vespo_k_neg": 0.3},
+    "gmpo_wide": {"loss_type": "gmpo", "epsilon": 0.9, "epsilon_high": 0.7},
+    "no_kl": {"loss_type": "grpo", "beta": 0.0, "epsilon": 0.1, "epsilon_high": 0.6},
+    "dual_clip": {"loss_type": "dapo", "delta": 1.7},
+    "k1": {"loss_type": "bnpo", "kl_estimator": "k1"},
+    "k2": {"loss_type": "dr_grpo", "kl_estimator": "k2", "beta": 0.3},
+    "k1_by_k2": {"loss_type": "dapo", "kl_estimator": "k1", "kl_gradient": "k2", "beta": 0.3},
+    "k3_by_k2": {"loss_type": "grpo", "kl_gradient": "k2"},
+    "entropy": {"loss_type": "grpo", "entropy_coef": 0.3},
+    "entropy_luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    "top_entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "entropy_coef": 0.1},
+    "corrected": {"loss_type": "dapo", "correction": "token_truncate", "correction_max": 1.5, "correction_min": 0.5},
+    "corrected_rows": {"loss_type": "sapo", "correction": "sequence_truncate", "correction_max": 2.0},
+    "ice_pop": {"loss_type": "grpo", "correction": "token_mask", "correction_max": 1.5, "correction_min": 0.5},
+    "corrected_vespo": {"loss_type": "vespo", "correction": "token_mask", "correction_max": 1.5},
+}
+
+
+def config_named(name):
+    return dataclasses.replace(BASE, **OPTIONS[name])
+
+
+def beside(seed, new, mask, weight, config):
+    """Entropies, and what the config's correction and selection make: keyword arguments, junk where masked."""
+    random = np.random.default_rng(seed + 100)
+    counted = mask * weight[:, None]
+    entropies = random.exponential(1.0, new.shape)
+    given = {"entropies": entropies}
+    if config.correction != "none":
+        given["corrections"] = correction_weights(new, new + random.normal(0, 0.5, new.shape), counted, config)
+    if config.top_entropy_quantile < 1:
+        given["selected"] = high_entropy(entropies, counted, config.top_entropy_quantile)
+    return given | {"entropies": np.where(counted, entropies, np.nan)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("config", option_sets(), ids=lambda c: f"{c.loss_type}-{c.beta}")
-def test_against_numpy(config, dtype):
-    for seed in range(3):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_against_numpy(name, dtype):
+    config = config_named(name)
+    for seed in range(2):
         *rollout, mask, weight = ragged(seed)
-        want_loss, want_grad = oracle(*rollout, mask=mask, config=config, weight=weight, length=11)
+        more = beside(seed, rollout[0], mask, weight, config)
+        want_loss, *want_grads = loss_and_gradients(
+            *rollout, mask=mask, config=config, weight=weight, length=11, **more
+        )
         with jax.enable_x64(dtype == "float64"):
             *given, mask, weight = (jnp.array(x, dtype) for x in (*rollout, mask, weight))
-            loss, metrics, grad = loss_and_gradient(
-                *given, mask=mask, config=config, weight=weight, max_completion_length=11
-            )
+            more = {key: jnp.array(x, dtype) for key, x in more.items()}
+            if seed and "selected" in more:
+                del more["selected"]  # chosen from the entropies inside
+            compute = jax.value_and_grad(loss_beside, (0, 1), True)
+            (loss, metrics), (grad, grads) = compute(given[0], more, *given[1:], mask, config, weight)
+        assert loss.dtype == grad.dtype == dtype
         assert_close(loss, want_loss, dtype)
-        assert_close(grad, want_grad, dtype)
-        want_metrics = metrics_oracle(*rollout, counted=np.array(mask * weight[:, None]) != 0, config=config)
-        assert set(metrics) == set(want_metrics)
-        for name, want in want_metrics.items():
-            assert_close(metrics[name], want, dtype, name)
-        assert abs(want_loss) > 1e-3 and np.sum(want_grad != 0) > 5
+        assert_close(grad, want_grads[0], dtype)
+        assert_close(grads.pop("entropies"), want_grads[1], dtype)
+        assert all(np.all(np.asarray(g) == 0) for g in grads.values())
+        assert abs(want_loss) > 1e-3 and np.sum(want_grads[0] != 0) > 5
+        if name in LOSS_TYPES or name == "no_kl":
+            want_metrics = metrics_oracle(*rollout, counted=np.array(mask * weight[:, None]) != 0, config=config)
+            assert set(metrics) == set(want_metrics)
+            for metric, want in want_metrics.items():
+                assert_close(metrics[metric], want, dtype, metric)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_minibatches_against_numpy(loss_type):
-    config = ObjectiveConfig(loss_type=loss_type, beta=0.1)
+def loss_beside(new, more, old, ref, adv, mask, config, weight):
+    return policy_loss(new, old, ref, adv, mask, config, weight, 11, **more)
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIONS if not n.startswith(("cispo", "vespo", "corrected_vespo"))])
+def test_the_gradients_of_the_oracle_by_central_differences(name):
+    """Those whose weight is held constant are left out: their gradient is not that of their value."""
+    config = dataclasses.replace(config_named(name), kl_gradient="estimator")
+    level = "sequence" if config.importance_sampling_level == "sequence_token" else config.importance_sampling_level
+    config = dataclasses.replace(config, importance_sampling_level=level)
+    new, *rest, mask, weight = ragged(1, junk=False)
+    more = beside(1, new, mask, weight, config)
+
+    def loss(new):
+        return loss_and_gradients(new, *rest, mask=mask, config=config, weight=weight, length=11, **more)
+
+    grad = loss(new)[1]
+    for b, t in ((0, 0), (3, int(np.argmax(mask[3]))), (6, 0), (7, 0), (8, 0), (5, 0), (1, 2)):
+        step = np.zeros_like(new)
+        step[b, t] = 1e-6
+        slope = (loss(new + step)[0] - loss(new - step)[0]) / 2e-6
+        np.testing.assert_allclose(grad[b, t], slope, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_minibatches_against_numpy(name):
+    config = config_named(name)
     *rollout, mask, weight = ragged(7)
     with jax.enable_x64(True):
         *given, all_masks, weights = (jnp.array(x) for x in (*rollout, mask, weight))
         for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
-            want, _ = oracle(
+            want, *_ = loss_and_gradients(
                 *(x[rows] for x in rollout),
                 mask=mask[rows],
                 config=config,
@@ -280,7 +340,8 @@ def test_denominators_by_hand():
     mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], jnp.float32)
     weight = jnp.array([1.0, 1, 1, 1, 1, 0])
     first, last = slice(0, 3), slice(3, 6)
-    want = {"grpo": (3, 2), "bnpo": (4, 6), "dapo": (5, 5), "dr_grpo": (12, 8)}
+    want = {"grpo": (3, 2), "bnpo": (4, 6), "dapo": (5, 5), "dr_grpo": (12, 8), "luspo": (3, 2), "cispo": (5, 5)}
+    want |= {"sapo": (3, 2), "vespo": (5, 5), "gmpo": (3, 2)}
     for loss_type, numbers in want.items():
         config = ObjectiveConfig(loss_type=loss_type)
         for rows, number in zip((first, last), numbers, strict=True):
@@ -299,9 +360,9 @@ def test_dapo_is_as_long_a_step_as_bnpo_in_expectation():
 SPLITS = [[4, 4, 4], [1, 4, 1, 1, 4, 1], [1] * 12]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_any_split_into_micro_batches_gives_the_same_loss_gradient_and_metrics(loss_type):
-    config = ObjectiveConfig(loss_type=loss_type, beta=0.04)
+@pytest.mark.parametrize("name", KINDS)
+def test_any_split_into_micro_batches_gives_the_same_loss_gradient_and_metrics(name):
+    config = config_named(name)
     with jax.enable_x64(True):
         *given, mask, weight = (jnp.array(x) for x in ragged(3))
         denominator = denominators(mask, mask, config, weight, weight)
@@ -320,9 +381,9 @@ def test_any_split_into_micro_batches_gives_the_same_loss_gradient_and_metrics(l
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_what_stands_in_filler_rows_and_masked_cells_changes_no_bit(loss_type):
-    config = ObjectiveConfig(loss_type=loss_type, beta=0.04)
+@pytest.mark.parametrize("name", KINDS)
+def test_what_stands_in_filler_rows_and_masked_cells_changes_no_bit(name):
+    config = config_named(name)
     *junk, mask, weight = (jnp.array(x, jnp.float32) for x in ragged(4))
     *plain, _, _ = (jnp.array(x, jnp.float32) for x in ragged(4, junk=False))
     assert any(np.any(a != b) for a, b in zip(junk, plain, strict=True))
@@ -332,9 +393,9 @@ def test_what_stands_in_filler_rows_and_masked_cells_changes_no_bit(loss_type):
     assert np.all(got[2][5] == 0)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_rollout_without_tokens_has_no_loss_and_no_gradient(loss_type):
-    config = ObjectiveConfig(loss_type=loss_type, beta=0.04)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_rollout_without_tokens_has_no_loss_and_no_gradient(name):
+    config = config_named(name)
     shape = ROWS, LENGTH
     x = jnp.full(shape, -jnp.inf)
     for mask, weight in ((jnp.zeros(shape), jnp.ones(ROWS)), (jnp.ones(shape), jnp.zeros(ROWS))):
@@ -343,7 +404,45 @@ def test_a_rollout_without_tokens_has_no_loss_and_no_gradient(loss_type):
         assert all(value == 0 for value in metrics.values())
 
 
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(
+    name=strategies.sampled_from(sorted(OPTIONS)),
+    seed=strategies.integers(0, 1000),
+    rows=strategies.permutations(range(ROWS)),
+    cut=strategies.sampled_from(SPLITS),
+)
+def test_rows_in_any_order_and_micro_batches_give_one_numerator(name, seed, rows, cut):
+    config, rows = config_named(name), np.array(rows)
+    *rollout, mask, weight = ragged(seed)
+    more = beside(seed, rollout[0], mask, weight, config)
+    want, *_ = loss_and_gradients(*rollout, mask=mask, config=config, weight=weight, length=LENGTH, **more)
+    with jax.enable_x64(True):
+        *given, mask, weight = (jnp.array(x) for x in (*rollout, mask, weight))
+        denominator = denominators(mask, mask, config, weight, weight)
+        total = 0.0
+        for piece in np.split(rows, np.cumsum(cut)[:-1]):
+            own = {key: jnp.array(x[piece]) for key, x in more.items()}
+            part = [x[piece] for x in (*given, mask)]
+            total += float(policy_loss_terms(*part, config, weight[piece], **own).numerator)
+    assert total / float(denominator) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
 # Extremes.
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_huge_ratios_are_finite_in_value_gradient_and_metrics(name):
+    """Log ratios of 100 either way, to the old policy and to the reference, both signs of advantage, float32."""
+    config = config_named(name)
+    old = jnp.zeros((ROWS, LENGTH)).at[:, 0].set(-100.0).at[:, 1].set(100.0).at[6:, :].multiply(-1)
+    mask = jnp.ones((ROWS, LENGTH)).at[::3, 1:].set(0).at[4].set(0)
+    adv = jnp.where(jnp.arange(ROWS) % 2, 1.0, -1.0)
+    more = beside(0, np.asarray(old), np.asarray(mask), np.ones(ROWS), config)
+    more = {key: jnp.array(x, jnp.float32) for key, x in more.items()}
+    loss, metrics, grad = loss_and_gradient(old * 0, old, -old, adv, mask, config, **more)
+    assert np.isfinite(loss) and np.all(np.isfinite(grad)) and np.all(grad[np.asarray(mask) == 0] == 0)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert np.isfinite(np.sum(np.square(grad)))  # as the gradient norm would have it
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -392,8 +491,8 @@ def test_k3_of_nearly_equal_policies_in_float32():
     np.testing.assert_array_equal(masked, np.zeros(masked.shape))
 
 
-def test_gradients_by_central_differences():
-    config = ObjectiveConfig(loss_type="grpo", beta=0.3)
+def test_a_gradient_of_the_loss_by_central_differences():
+    config = config_named("gspo")
     new, old, ref, adv, mask, weight = ragged(1, junk=False)
     with jax.enable_x64(True):
         given = [jnp.array(x) for x in (old, ref, adv, mask)]
@@ -444,6 +543,52 @@ def test_the_reference_is_asked_for_and_its_metric_shown():
     loss, metrics = policy_loss(x, x, x + 1, adv, mask, ObjectiveConfig(beta=0.0))
     np.testing.assert_allclose(loss, -1, rtol=1e-6)  # beta 0: the reference is looked at and does not act
     np.testing.assert_allclose(metrics["kl"], np.e - 2, rtol=1e-6)
+
+
+def test_what_an_option_needs_is_asked_for():
+    x, adv, mask = jnp.zeros((ROWS, LENGTH)), jnp.ones(ROWS), jnp.ones((ROWS, LENGTH))
+    for fields in ({"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}):
+        with pytest.raises(ValueError, match="needs entropies"):
+            policy_loss(x, x, None, adv, mask, ObjectiveConfig(**fields))
+
+
+def test_sequence_and_token_form_of_gspo_agree_where_advantages_are_of_rows():
+    new, old, ref, adv, mask, weight = (jnp.array(x, jnp.float32) for x in ragged(2, junk=False))
+    got = [loss_and_gradient(new, old, ref, adv[:, 0], mask, config_named("gspo"), weight)]
+    token = dataclasses.replace(config_named("gspo"), importance_sampling_level="sequence_token")
+    got.append(loss_and_gradient(new, old, ref, adv[:, 0], mask, token, weight))
+    np.testing.assert_allclose(got[0][0], got[1][0], rtol=1e-6)
+    np.testing.assert_allclose(got[0][2], got[1][2], rtol=1e-4, atol=1e-7)
+    # With advantages of tokens the first spreads each over its row; the token form does not.
+    by_token = [loss_and_gradient(new, old, ref, adv, mask, c, weight)[2] for c in (config_named("gspo"), token)]
+    assert not np.allclose(*by_token, rtol=1e-2)
+
+
+def test_top_entropy_mask():
+    entropies = jnp.array([[0.1, 0.9, 0.5, 7.0], [0.3, 0.2, jnp.nan, 0.5]])
+    mask = jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]])
+    for share, want in ((0.4, [[0, 1, 1, 0], [0, 0, 0, 1]]), (0.01, [[0, 1, 0, 0], [0, 0, 0, 0]]), (1.0, mask)):
+        np.testing.assert_array_equal(top_entropy_mask(entropies, mask, share), want)
+        np.testing.assert_array_equal(high_entropy(np.nan_to_num(entropies), np.asarray(mask), share), want)
+    np.testing.assert_array_equal(top_entropy_mask(entropies, jnp.zeros_like(mask), 0.5), jnp.zeros_like(mask))
+
+
+def test_the_straight_through_gradient_leaves_the_value():
+    new, ref = jnp.array([[-0.3, -2.0]]), jnp.array([[-0.9, -1.5]])
+    mask, adv = jnp.ones((1, 2)), jnp.zeros(1)
+    for estimator in ("k1", "k2", "k3"):
+        own, through = (
+            loss_and_gradient(
+                new, new, ref, adv, mask, ObjectiveConfig(beta=1.0, kl_estimator=estimator, kl_gradient=gradient)
+            )
+            for gradient in ("estimator", "k2")
+        )
+        assert own[0] == through[0] and own[1]["kl"] == through[1]["kl"]
+        np.testing.assert_allclose(through[2], (new - ref) / 2, rtol=1e-6)
+
+
+def test_the_package_exports_the_two_functions():
+    assert grpo_jax.policy_loss is policy_loss and grpo_jax.advantages.__module__ == "grpo_jax.ops.advantages"
 
 
 def test_every_loss_type_of_the_config_has_an_objective_and_an_aggregation():
