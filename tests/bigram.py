@@ -8,6 +8,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+import loss_oracle
 import numpy as np
 import tiny
 
@@ -62,41 +63,67 @@ def logps_of(table, rollout, temperature=1.0) -> tuple[np.ndarray, np.ndarray]:
     return np.log(np.take_along_axis(p, rollout.tokens[..., None], -1)[..., 0]), p
 
 
-def loss_and_gradient(table, reference, rollout, rows, config):
-    """Loss of the minibatch of `rows` and its gradient by the table, from the formulas of the papers."""
-    o, temperature = config.objective, config.sampler.temperature
+def counted_mask(rollout, config):
+    """1 for the tokens that count in the loss."""
     mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    counted = (mask * rollout.weight[:, None] * (rollout.ended[:, None] if o.mask_truncated else 1)).astype(float)
+    ended = rollout.ended[:, None] if config.objective.mask_truncated else 1
+    return (mask * rollout.weight[:, None] * ended).astype(float)
+
+
+def beside(table, rollout, config):
+    """What the policy before its first update decides: the ratio's denominator, corrections, selected tokens."""
+    o, mask = config.objective, counted_mask(rollout, config)
+    logps, p = logps_of(table, rollout, config.sampler.temperature)
+    made = {"old": rollout.logps}
+    if o.correction != "none":
+        made |= {
+            "old": logps,
+            "corrections": loss_oracle.correction_weights(logps, rollout.sampled_logps, mask, o),
+        }
+    if o.top_entropy_quantile < 1:
+        made["selected"] = loss_oracle.high_entropy(-(p * np.log(p)).sum(-1), mask, o.top_entropy_quantile)
+    return made
+
+
+def loss_and_gradient(table, reference, rollout, rows, config, made=None):
+    """Loss of the minibatch of `rows` and its gradient by the table, from the formulas of the papers."""
+    temperature, mask = config.sampler.temperature, counted_mask(rollout, config)
+    made = {"old": rollout.logps} if made is None else made
     logps, p = logps_of(table, rollout, temperature)
-    ratio = np.exp(np.where(mask, logps - rollout.logps, 0))
-    advantage = np.asarray(rollout.advantages, np.float64)
-    bounded = np.clip(ratio, 1 - o.epsilon, 1 + o.epsilon_high)
-    token_loss = -np.minimum(ratio * advantage, bounded * advantage)
-    slope = np.where(ratio * advantage <= bounded * advantage, -ratio * advantage, 0)
-    if o.beta:
-        difference = np.where(mask, logps_of(reference, rollout, temperature)[0] - logps, 0)
-        token_loss += o.beta * (np.exp(difference) - difference - 1)
-        slope += o.beta * (1 - np.exp(difference))
-    token_weight = {
-        "grpo": counted / np.maximum(counted.sum(1, keepdims=True), 1) / rollout.weight[rows].sum(),
-        "bnpo": counted / max(counted[rows].sum(), 1),
-        "dapo": counted / max(counted.sum() * len(rows) / len(counted), 1),
-        "dr_grpo": counted / (rollout.weight[rows].sum() * counted.shape[1]),
-    }[o.loss_type]
-    slope, token_loss = (slope * token_weight)[rows], (token_loss * token_weight)[rows]
-    by_logits = slope[..., None] * (np.eye(p.shape[-1])[rollout.tokens[rows]] - p[rows]) / temperature
+    entropies = -(p * np.log(p)).sum(-1)
+    old, *more = (made.get(name) for name in ("old", "corrections", "selected"))
+    corrections, selected = (x if x is None else x[rows] for x in more)
+    loss, by_logp, by_entropy = loss_oracle.loss_and_gradients(
+        logps[rows],
+        np.asarray(old, np.float64)[rows],
+        logps_of(reference, rollout, temperature)[0][rows],
+        np.asarray(rollout.advantages, np.float64)[rows],
+        mask[rows],
+        config.objective,
+        rollout.weight[rows],
+        mask.shape[1],
+        mask,
+        rollout.weight,
+        entropies[rows],
+        corrections,
+        selected,
+    )
+    tokens, p = rollout.tokens[rows], p[rows]
+    by_logits = by_logp[..., None] * (np.eye(p.shape[-1])[tokens] - p)
+    by_logits -= by_entropy[..., None] * p * (np.log(p) + entropies[rows][..., None])
     gradient = np.zeros(np.shape(table))
-    np.add.at(gradient, contexts(rollout)[rows].reshape(-1), by_logits.reshape(-1, p.shape[-1]))
-    return token_loss.sum(), gradient
+    np.add.at(gradient, contexts(rollout)[rows].reshape(-1), by_logits.reshape(-1, p.shape[-1]) / temperature)
+    return loss, gradient
 
 
 def descend(table, reference, rollout, config, lr):
     """The table after every epoch and minibatch of gradient descent, and the losses along the way."""
     table, losses = np.asarray(table, np.float64), []
+    made = beside(table, rollout, config)
     for _ in range(config.objective.num_iterations):
         for m in range(config.objective.minibatches):
             rows = np.arange(m, len(rollout.lengths), config.objective.minibatches)
-            loss, gradient = loss_and_gradient(table, reference, rollout, rows, config)
+            loss, gradient = loss_and_gradient(table, reference, rollout, rows, config, made)
             table = table - lr * gradient
             losses.append(loss)
     return table, losses

@@ -103,7 +103,10 @@ def test_refused_in_one_line(capsys, tmp_path, given, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "smollm2_sums"])
+PRESETS = [f"presets/{name}" for name in ("cispo", "dapo", "deepseekmath", "dr_grpo", "gspo", "r1_zero")]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "smollm2_sums", *PRESETS])
 def test_a_dry_run_shows_the_arithmetic_and_compiles_nothing(capsys, tmp_path, monkeypatch, name):
     def compiles_nothing(*_, **__):
         raise AssertionError("a dry run compiles nothing")
@@ -126,7 +129,7 @@ def test_a_dry_run_shows_the_arithmetic_and_compiles_nothing(capsys, tmp_path, m
     assert f"{minibatch // b.micro_batch_size} micro-batches of {b.micro_batch_size} each" in out
     assert "stack_0/attention/query/kernel" in out and "held out" in out
     # The number of parameters by hand: embedding, norms, attention, gated MLP; tied.
-    d, f, layers, q, k, v = (128, 512, 4, 128, 64, 96) if name == "arithmetic" else (576, 1536, 30, 576, 192, 49152)
+    d, f, layers, q, k, v = (128, 512, 4, 128, 64, 96) if name != "smollm2_sums" else (576, 1536, 30, 576, 192, 49152)
     assert f"{v * d + d + layers * (2 * d + 2 * d * q + 2 * d * k + 3 * d * f):,}" in out
 
 

@@ -101,14 +101,17 @@ POSITIVE = (
     "objective.minibatches train.steps eval.problems eval.samples eval.final_problems checkpoint.keep data.digits "
     "base.sft.steps base.sft.batch_size base.sft.max_length cold_start.prompts cold_start.rows cold_start.sft.steps "
     "cold_start.sft.batch_size cold_start.sft.max_length sft.steps sft.batch_size sft.max_length rewards.timeout "
-    "optim.eps"
+    "optim.eps sampler.group_size objective.cispo_max_ratio objective.sapo_temperature_pos "
+    "objective.sapo_temperature_neg objective.outer_iterations"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size objective.reference_every objective.beta objective.epsilon_high "
     "objective.advantage_epsilon optim.lr optim.clip_norm optim.warmup_steps optim.weight_decay "
     "optim.final_lr_fraction sampler.top_k sampler.slots eval.every eval.majority eval.temperature eval.alarm_drop "
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
-    "train.halt_when_nonfinite"
+    "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef objective.overlong_cache "
+    "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
+    "objective.vespo_lambda_pos objective.vespo_lambda_neg"
 ).split()
 
 
@@ -135,8 +138,46 @@ def test_must_not_be_negative(name):
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
-        ({"objective.epsilon": 1.1}, "objective.epsilon=1.1 must lie between 0 and 1"),
-        ({"objective.epsilon": -0.1}, "objective.epsilon=-0.1 must lie between 0 and 1"),
+        (
+            {"objective.baseline": "none"},
+            "objective.scale_rewards='group' needs the group's mean as objective.baseline",
+        ),
+        ({"objective.overlong_cache": 33}, "objective.overlong_cache=33 is more than sampler.max_new_tokens=32"),
+        ({"objective.outer_iterations": 2}, "objective.outer_iterations=2 has no effect at objective.beta=0"),
+        (
+            {"objective.outer_iterations": 3, "objective.beta": 0.1},
+            "objective.outer_iterations=3 must divide train.steps=100, with objective.reference_every=0",
+        ),
+        (
+            {"objective.outer_iterations": 2, "objective.beta": 0.1, "objective.reference_every": 5},
+            "objective.outer_iterations=2 must divide train.steps=100, with objective.reference_every=0",
+        ),
+        (
+            {"objective.loss_type": "luspo"},
+            "objective.importance_sampling_level='token' does not go with objective.loss_type='luspo': take sequence",
+        ),
+        (
+            {"objective.loss_type": "gmpo", "objective.importance_sampling_level": "sequence"},
+            "objective.importance_sampling_level='sequence' does not go with objective.loss_type='gmpo': take token",
+        ),
+        ({"objective.delta": 1.1}, "objective.delta=1.1 must be at least 1 + objective.epsilon_high=1.2"),
+        (
+            {"objective.delta": 4.0, "objective.loss_type": "cispo"},
+            "objective.delta=4.0 has no effect with objective.loss_type='cispo': leave it 0",
+        ),
+        ({"objective.top_entropy_quantile": 0.0}, "objective.top_entropy_quantile=0.0 must be above 0 and at most 1"),
+        (
+            {"objective.top_entropy_quantile": 0.2, "objective.importance_sampling_level": "sequence"},
+            "objective.top_entropy_quantile=0.2 selects tokens, and this objective has one ratio for the whole",
+        ),
+        (
+            {"objective.correction_max": 1.0, "objective.correction_min": 2.0},
+            "objective.correction_max=1.0 is below objective.correction_min=2.0",
+        ),
+        (
+            {"objective.correction": "sequence_mask", "objective.loss_type": "vespo"},
+            "objective.correction='sequence_mask' does not go with objective.loss_type='vespo'",
+        ),
         ({"base.right_share": 1.1}, "base.right_share=1.1 must lie between 0 and 1"),
         ({"optim.b1": 1.0}, "optim.b1=1.0 must be at least 0 and below 1"),
         ({"optim.b2": -0.1}, "optim.b2=-0.1 must be at least 0 and below 1"),
@@ -168,13 +209,19 @@ def test_checks_between_fields(fields, says):
     assert says in refusal(with_fields(**fields))
 
 
+def test_a_group_of_one_needs_a_baseline_beyond_the_group():
+    alone = {"sampler.group_size": 1, "objective.baseline": "batch", "objective.scale_rewards": "batch"}
+    assert from_dict(with_fields(**alone)).completions == 16
+
+
 def test_every_check_of_validate_has_a_case():
     """A check added to `validate` must be added above: its fields are the strings in its source."""
     source = pathlib.Path(configs.__file__).read_text()
-    function = next(
-        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "validate"
-    )
-    texts = [n.value for n in ast.walk(function) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    checks = ("validate", "_validate_objective", "_validate_loss")
+    functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name in checks]
+    assert len(functions) == len(checks)
+    nodes = [node for function in functions for node in ast.walk(function)]
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     named = {word for text in texts for word in text.split() if word in field_names()}
     marks = test_checks_between_fields.pytestmark[0].args[1]
     covered = {*POSITIVE, *NOT_NEGATIVE, *(name for fields, _ in marks for name in fields)}
@@ -194,18 +241,24 @@ def test_what_is_no_duration(text):
         parse_duration(text)
 
 
-def config_paths() -> list[pathlib.Path]:
-    return sorted(path for folder in configs.config_folders() for path in folder.glob("*.py"))
+def config_names() -> dict[str, pathlib.Path]:
+    """Files by the name that --config takes: presets/dapo for the one in a folder."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in configs.config_folders()
+        for path in sorted(folder.glob("**/*.py"))
+    }
 
 
-@pytest.mark.parametrize("path", config_paths(), ids=lambda path: path.stem)
-def test_every_config_file_loads_and_names_its_command(path):
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_file_loads_and_names_its_command(name):
+    path = config_names()[name]
     module = configs.load_config_module(path)
     made = from_dict(configs.read_config_file(path), str(path))
     assert made != Config()
-    command = r"grpo-jax train\n" if path.stem == "arithmetic" else rf"grpo-jax train --config {path.stem}\b"
+    command = r"grpo-jax train\n" if name == "arithmetic" else rf"grpo-jax train --config {name}\b"
     assert re.search(command, module.__doc__), f"{path}: its docstring names no command"
-    assert load_config(["--config", path.stem]) == (path.stem, made)
+    assert load_config(["--config", name]) == (path.stem, made)
     assert load_config([f"--config={path}"]) == (path.stem, made)
 
 
@@ -260,6 +313,7 @@ def test_overrides(arguments, name, value):
         (["--config.data.shuffle=perhaps"], "data.shuffle"),
         (["--config"], "--config: has no value"),
         (["--config", "arithmetics"], "did you mean arithmetic?"),
+        (["--config", "presets/dap"], "did you mean presets/dapo?"),
         (["--config", "no_such_file.py"], "--config no_such_file.py: no such file"),
         (["--config.sampler.group_size=1"], "sampler.group_size=1 must be at least 2"),
     ],

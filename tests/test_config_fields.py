@@ -18,6 +18,7 @@ import bigram
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import loss_oracle
 import numpy as np
 import optax
 import pytest
@@ -33,6 +34,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.ops.advantages import advantages
+from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
@@ -46,8 +48,10 @@ from grpo_jax.sampler.types import Rollout, Scores
 from grpo_jax.step import (
     Metrics,
     Program,
+    add_advantages,
     completion_logps,
     init_state,
+    refresh_reference,
     sample_rollout,
     sampling_variables,
     training_batch,
@@ -747,6 +751,102 @@ def test_beta():
     assert jax.tree.structure(kept.reference) == jax.tree.structure(kept.trainable)
 
 
+# Other fields of the loss: what is set with them, and two values.
+LOSS_FIELDS = {
+    "importance_sampling_level": ({"loss_type": "grpo"}, "token", "sequence", "sequence_token"),
+    "delta": ({}, 0.0, 1.2, 1.3),
+    "cispo_max_ratio": ({"loss_type": "cispo"}, 1.1, 5.0),
+    "sapo_temperature_pos": ({"loss_type": "sapo"}, 1.0, 2.0),
+    "sapo_temperature_neg": ({"loss_type": "sapo"}, 1.05, 3.0),
+    "vespo_k_pos": ({"loss_type": "vespo"}, 2.0, 1.0),
+    "vespo_lambda_pos": ({"loss_type": "vespo"}, 3.0, 1.0),
+    "vespo_k_neg": ({"loss_type": "vespo"}, 3.0, 1.0),
+    "vespo_lambda_neg": ({"loss_type": "vespo"}, 2.0, 1.0),
+    "kl_estimator": ({"beta": 0.5}, "k1", "k2", "k3"),
+    "kl_gradient": ({"beta": 0.5}, "estimator", "k2"),
+    "entropy_coef": ({}, 0.0, 0.2),
+    "top_entropy_quantile": ({}, 1.0, 0.4),
+}
+ENTROPIES = np.array([[0.9, 0.2, 1.4], [0.1, 1.1, 0.0]], np.float32)
+
+
+@flips(*(f"objective.{name}" for name in LOSS_FIELDS))
+def test_fields_of_the_loss(name):
+    given, *values = LOSS_FIELDS[name.removeprefix("objective.")]
+    advantage = np.array([1.0, 0.5, -1.0], np.float32) * ADVANTAGE[:, None]
+    arrays, seen = (NEW, OLD, REF, advantage, MASK), []
+    for value in values:
+        fields = {"epsilon_high": 0.15, **given, name.removeprefix("objective."): value}
+        config = dataclasses.replace(tiny.config().objective, **fields)
+        selected = loss_oracle.high_entropy(ENTROPIES, MASK, config.top_entropy_quantile)
+        want = loss_oracle.loss_and_gradients(*arrays, config, np.ones(2), 3, entropies=ENTROPIES, selected=selected)
+        loss, grad = jax.value_and_grad(
+            lambda new, config=config: policy_loss(
+                new, *map(jnp.asarray, arrays[1:]), config, entropies=jnp.asarray(ENTROPIES)
+            )[0]
+        )(jnp.asarray(NEW))
+        np.testing.assert_allclose(loss, want[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(grad, want[1], rtol=1e-4, atol=1e-6)
+        seen.append((round(float(loss), 5), *np.round(np.ravel(grad), 5).tolist()))
+    assert len(set(seen)) == len(values)
+
+
+@flips("objective.correction", "objective.correction_max", "objective.correction_min")
+def test_fields_of_the_correction(name):
+    plain = {"correction": "token_truncate", "correction_max": 1.5, "correction_min": 0.2}
+    values = {"correction": ["token_mask", "sequence_truncate"], "correction_max": [1.2, 0.0], "correction_min": [0.7]}
+    seen = []
+    for value in [plain[name.removeprefix("objective.")], *values[name.removeprefix("objective.")]]:
+        config = dataclasses.replace(tiny.config().objective, **plain | {name.removeprefix("objective."): value})
+        weights, _ = correction_weights(*map(jnp.asarray, (NEW, OLD, MASK)), config)
+        np.testing.assert_allclose(weights, loss_oracle.correction_weights(NEW, OLD, MASK, config), rtol=1e-5)
+        seen.append(tuple(np.round(np.ravel(weights), 4)))
+    assert len(set(seen)) == len(seen)
+    assert "correction/weight" not in updated()[1].means
+
+
+BATCH = np.array([1.0, 0.0, 0.5, 0.2], np.float32)  # two groups of two
+GROUPS, MEANS = BATCH.reshape(2, 2), BATCH.reshape(2, 2).mean(1, keepdims=True)
+ADVANTAGE_FIELDS = {
+    "baseline": {
+        "group": GROUPS - MEANS,
+        "leave_one_out": GROUPS - GROUPS[:, ::-1],
+        "batch": BATCH - BATCH.mean(),
+        "none": BATCH,
+    },
+    "advantage_ddof": {
+        ddof: (GROUPS - MEANS) / (GROUPS.std(axis=1, ddof=ddof, keepdims=True) + 1e-4) for ddof in (0, 1)
+    },
+    "normalize_advantages": {False: GROUPS - MEANS, True: (GROUPS - MEANS) / ((GROUPS - MEANS).std(ddof=1) + 1e-4)},
+}
+
+
+@flips(*(f"objective.{name}" for name in ADVANTAGE_FIELDS))
+def test_fields_of_the_advantages(name):
+    scaling = {} if name.endswith("ddof") else {"objective.scale_rewards": "none"}
+    for value, by_hand in ADVANTAGE_FIELDS[name.removeprefix("objective.")].items():
+        config = tiny.config(**scaling, **{name: value}).objective
+        np.testing.assert_allclose(advantages(jnp.asarray(BATCH), 2, config), np.ravel(by_hand), rtol=1e-4, atol=1e-7)
+
+
+@flips("objective.multi_objective_aggregation", "objective.overlong_cache")
+def test_advantages_of_components_and_lengths(name):
+    value = {"objective.multi_objective_aggregation": "normalize_then_sum", "objective.overlong_cache": 2}[name]
+    made = []
+    for fields in ({}, {name: value}):
+        parts = bigram_parts(**fields)
+        rollout = hand_made_rollout(parts.config)
+        rollout = rollout.replace(lengths=np.array([1, 3, 2, 2], np.int32))
+        scores = rollout.scores.replace(values=np.array([[1.0], [1.0], [1.0], [0.0]], np.float32))
+        made.append(np.asarray(add_advantages(parts, rollout, scores).advantages)[:, 0])
+    plain = np.array([0, 0, 0.5, -0.5]) / (0.5**0.5 + 1e-4)
+    np.testing.assert_allclose(made[0], plain, rtol=1e-4)
+    if name.endswith("cache"):  # 3 of 3 tokens, the last two of which are dear: 1, 0; 2 of 3: a half for both
+        np.testing.assert_allclose(made[1], np.array([0.5, -0.5, 0.5, -0.5]) / (0.5**0.5 + 1e-4), rtol=1e-4)
+    else:
+        np.testing.assert_allclose(made[1], plain / (plain.std(ddof=1) + 1e-4), rtol=1e-4)
+
+
 @flips("objective.scale_rewards")
 def test_scale_rewards():
     rewards = np.array([1.0, 0.0, 0.5, 0.1], np.float32)
@@ -808,6 +908,17 @@ def test_reference_every():
     renewed, _ = updated(**{"objective.beta": 0.1, "objective.reference_every": 1})
     np.testing.assert_array_equal(embedding_of(renewed, "reference"), embedding_of(renewed))
     assert not np.array_equal(embedding_of(renewed), EMBEDDING)
+
+
+@flips("objective.outer_iterations")
+def test_outer_iterations():
+    for iterations, due in ((1, ()), (2, (4, 8)), (4, (2, 4, 6, 8))):
+        parts = bigram_parts(**{"objective.beta": 0.1, "objective.outer_iterations": iterations, "train.steps": 8})
+        state = bigram_state(parts)
+        state = state.replace(reference=jax.tree.map(lambda x: x + 1, state.trainable))
+        for step in range(1, 9):
+            renewed = embedding_of(refresh_reference(parts, state.replace(step=jnp.int32(step))), "reference")
+            assert np.array_equal(renewed, EMBEDDING) == (step in due)
 
 
 @flips("objective.mask_truncated")

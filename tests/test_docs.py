@@ -1,6 +1,7 @@
 """The documentation tells what is there: links, options, files, tests and code blocks."""
 
 import ast
+import itertools
 import pathlib
 import re
 import subprocess
@@ -8,12 +9,21 @@ import sys
 
 import pytest
 
-from grpo_jax.cli import parser
+from grpo_jax.cli import load_config, parser
 from grpo_jax.config import config_file, field_names, from_dict
+from grpo_jax.ops.objectives import OBJECTIVES
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PAGES = ("README.md", "CHANGELOG.md", "docs/architecture.md", "docs/extending.md", "docs/index.md", "docs/results.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+    "docs/extending.md",
+    "docs/index.md",
+    "docs/objectives.md",
+    "docs/results.md",
+)
 
 
 def page(root: pathlib.Path, name: str) -> str:
@@ -27,7 +37,7 @@ def told(root: pathlib.Path) -> dict[str, str]:
     files = [
         *root.glob("*.md"),
         *root.glob("docs/**/*.md"),
-        *root.glob("configs/*.py"),
+        *root.glob("configs/**/*.py"),
         *root.glob("notebooks/*.ipynb"),
     ]
     return {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files}
@@ -74,6 +84,43 @@ def test_fields_set_in_a_code_block_exist(repo_root):
                 assert field in known, f"{name}: config.{field}"
             for section in re.findall(r"config\.([a-z_0-9.]+)\.update\(", body):
                 assert section in sections, f"{name}: config.{section}"
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, its head left out."""
+    lines = text.partition(f"## {heading}")[2].splitlines()
+    rows = list(
+        itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda x: x[:1] != "|", lines))
+    )
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_every_option_of_the_objective_is_explained(repo_root):
+    text = page(repo_root, "docs/objectives.md")
+    others = {"num_iterations", "micro_batch_size"}  # how a rollout is cut: the page of options
+    names = {name.removeprefix("objective.") for name in field_names() if name.startswith("objective.")}
+    assert {name for name in names - others if f"`{name}" not in text} == set()
+    types = [row[0].strip("`") for row in table_rows(text, "`loss_type`")]
+    assert types == list(OBJECTIVES)
+
+
+def test_a_paper_leads_to_options_that_are_accepted(repo_root):
+    """Each row of options makes a config, and a preset holds what its row says."""
+    rows = table_rows(page(repo_root, "docs/objectives.md"), "From a paper to options")
+    seen = set()
+    for name, cell, preset in rows:
+        found = re.findall(r"(\w+)=([\w.-]+)", cell)
+        fields = {key: ast.literal_eval(value) if re.match(r"[\d.]|True", value) else value for key, value in found}
+        assert found or "the same" in cell, name
+        sampler = {"max_new_tokens": 4096}
+        made = from_dict({"objective": fields, "sampler": sampler, "data": {"prompts_per_step": 512}}, name)
+        if preset:
+            given = load_config(["--config", preset.strip("`")])[1]
+            told = {key: getattr(made.objective, key) for key in fields}
+            assert {key: getattr(given.objective, key) for key in fields} == told, name
+            seen.add(preset.strip("`"))
+    assert seen == {f"presets/{path.stem}" for path in (repo_root / "configs" / "presets").glob("*.py")}
+    assert len(rows) > 20
 
 
 def test_configs_that_are_mentioned_exist(repo_root):

@@ -29,7 +29,7 @@ def files(folder: pathlib.Path, pattern: str) -> set[str]:
 
 def test_the_wheel_carries_package_configs_and_templates(built, repo_root):
     wheel, _ = built
-    configs = {f"grpo_jax/{name}" for name in files(repo_root, "configs/*.py")}
+    configs = {f"grpo_jax/{name}" for name in files(repo_root, "configs/**/*.py")}
     templates = files(repo_root, "grpo_jax/templates/*.jinja")
     assert configs and templates
     assert wheel >= files(repo_root, "grpo_jax/**/*.py") | configs | templates | {"grpo_jax/py.typed"}
@@ -45,7 +45,7 @@ def test_the_wheel_carries_nothing_else(built):
 def test_the_sdist_carries_what_builds_and_tests_it(built, repo_root):
     _, sdist = built
     want = {"pyproject.toml", "LICENSE", "CHANGELOG.md", "launch/gpu.sh", "launch/tpu_vm.sh", "tests/conftest.py"}
-    assert sdist >= want | files(repo_root, "configs/*.py") | files(repo_root, "grpo_jax/**/*.py")
+    assert sdist >= want | files(repo_root, "configs/**/*.py") | files(repo_root, "grpo_jax/**/*.py")
     assert {name for name in sdist if "__pycache__" in name or name.startswith(("runs/", ".ci/"))} == set()
 
 

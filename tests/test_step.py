@@ -17,7 +17,9 @@ from grpo_jax.metrics import CompileCounter, Fetcher, divide
 from grpo_jax.parallel import path_name
 from grpo_jax.step import (
     Program,
+    add_advantages,
     minibatch_gradient,
+    refresh_reference,
     sample_rollout,
     score_rollout,
     split,
@@ -57,6 +59,7 @@ def first_gradient(state, config):
 # One program for a whole run: seven steps of the decoder, of which the last three are at learning rate 0.
 
 ONE_LAYER = tiny.architecture(layers=1)
+SMALL = {"data.prompts_per_step": 8, "sampler.group_size": 2, "sampler.max_new_tokens": 4, "optim.clip_norm": 0.0}
 STEPS, LEARNING = 7, 4
 RUN = tiny.config(
     **{
@@ -199,6 +202,15 @@ def test_the_reference_is_a_copy_that_is_refreshed_every_k_steps(run):
     assert all(m["kl"] > 1e-6 for m in run.metrics[1:LEARNING])
 
 
+def test_the_reference_becomes_the_policy_at_the_end_of_an_outer_iteration(run):
+    """Iterative GRPO: of ten steps in two iterations, after the fifth and the tenth."""
+    parts = tiny.parts(tiny.config(**{"objective.beta": 0.1, "objective.outer_iterations": 2, "train.steps": 10}))
+    state = run.states[1]
+    refresh = jax.jit(lambda step: refresh_reference(parts, state.replace(step=step)).reference)
+    for step in range(1, 11):
+        assert_bitwise(refresh(step), state.trainable if step in (5, 10) else state.reference)
+
+
 def test_learning_rate_zero_changes_no_bit_and_has_no_kl(run):
     for step in range(LEARNING, STEPS):
         assert_bitwise(run.states[step + 1].trainable, run.states[LEARNING].trainable)
@@ -291,15 +303,19 @@ def recorded():
     rollout = jax.device_get(roll(state, prompts))
     shift = np.random.default_rng(0).normal(0, 0.3, rollout.logps.shape)
     assert 0 < rollout.ended.sum() < 12 and (rollout.advantages[8:12] == 0).all()
-    return rollout.replace(logps=(rollout.logps + shift).astype(np.float32))
+    stale = np.random.default_rng(1).normal(0, 0.3, rollout.logps.shape)
+    return rollout.replace(
+        logps=(rollout.logps + shift).astype(np.float32), sampled_logps=(rollout.logps + stale).astype(np.float32)
+    )
 
 
-def descended(rollout, fields):
+def descended(rollout, fields, **more):
     """(config, table after `update` by gradient descent, metrics, state), from policy 0 and reference 1."""
-    config = tiny.config(**UPDATE, **{f"objective.{name}": value for name, value in fields.items()})
+    config = tiny.config(**UPDATE, **more, **{f"objective.{name}": value for name, value in fields.items()})
     parts = bigram.parts(config, optimizer=optax.sgd(3.0))
     state = tiny.state(parts, {"params": bigram.params(0)})
     state = state.replace(reference={"params": bigram.params(1)})
+    rollout = tiny.on_mesh(rollout, parts.mesh)
     new, metrics, _ = jax.device_get(jax.jit(lambda state, rollout: update(parts, state, rollout))(state, rollout))
     return config, new.trainable["params"]["table"], divide(metrics.means), new
 
@@ -312,6 +328,25 @@ def descended(rollout, fields):
         {"loss_type": "dapo", "minibatches": 4, "micro_batch_size": 1, "epsilon_high": 0.4},
         {"loss_type": "dapo", "num_iterations": 3},
         {"loss_type": "dr_grpo", "minibatches": 2, "micro_batch_size": 8, "epsilon": 0.1},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "minibatches": 2, "delta": 1.3},
+        {
+            "entropy_coef": 0.3,
+            "top_entropy_quantile": 0.4,
+            "minibatches": 2,
+            "micro_batch_size": 2,
+            "num_iterations": 2,
+        },
+        {
+            "loss_type": "bnpo",
+            "correction": "token_mask",
+            "correction_min": 0.8,
+            "correction_max": 1.4,
+            "kl_estimator": "k1",
+            "kl_gradient": "k2",
+            "minibatches": 2,
+            "num_iterations": 2,
+        },
+        {"loss_type": "vespo", "correction": "token_truncate", "correction_max": 1.2, "micro_batch_size": 4},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
@@ -323,7 +358,8 @@ def test_updates_against_numpy(recorded, fields):
     updates = fields.get("minibatches", 1) * fields.get("num_iterations", 1)
     assert state.updates == updates == len(losses) and state.skipped == 0
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
-    assert metrics["clip/low"] + metrics["clip/high"] > 0.05
+    if fields.get("correction", "none") == "none":  # else the trainer's own law is the ratio's denominator
+        assert metrics["clip/low"] + metrics["clip/high"] > 0.05
     # The gap is that of the first minibatch, before its update.
     rows = np.arange(0, 16, config.objective.minibatches)
     mask = (np.arange(6) < recorded.lengths[:, None]) * recorded.weight[:, None]
@@ -333,6 +369,93 @@ def test_updates_against_numpy(recorded, fields):
     assert metrics["sampler_gap/max"] == pytest.approx(gap.max(), rel=1e-4)
     assert metrics["sampler_gap/mean"] == pytest.approx(gap.mean(), rel=1e-4)
     assert state.draws == 3  # the filler prompt was not drawn
+
+
+def test_corrections_and_selected_tokens_are_counted(recorded):
+    fields = {"correction": "sequence_mask", "correction_max": 1.5, "top_entropy_quantile": 0.25}
+    config, _, metrics, _ = descended(recorded, fields)
+    counted = bigram.counted_mask(recorded, config) > 0
+    made = bigram.beside(bigram.params(0)["table"], recorded, config)
+    weights = made["corrections"][counted]
+    assert 0.1 < metrics["correction/outside"] == pytest.approx((weights == 0).mean(), rel=1e-5)
+    assert metrics["correction/weight"] == pytest.approx(weights.mean(), rel=1e-4)
+    d = (made["old"] - recorded.sampled_logps)[counted]
+    assert metrics["correction/kl"] == pytest.approx((np.exp(d) - 1 - d).mean(), rel=1e-4)
+    assert metrics["entropy/selected"] == pytest.approx(made["selected"][counted].mean(), rel=1e-5)
+    assert 0.25 <= metrics["entropy/selected"] < 0.35
+    # The gap to the sampler is still that of the recorded log-probabilities.
+    assert metrics["sampler_gap/mean"] > 0.1
+
+
+def test_options_of_the_loss_on_eight_devices(recorded):
+    """Sums over rows and a quantile over the rollout are those of one device."""
+    fields = {
+        "correction": "sequence_truncate",
+        "top_entropy_quantile": 0.4,
+        "entropy_coef": 0.1,
+        "loss_type": "grpo",
+        "minibatches": 2,
+    }
+    alone, spread = (descended(recorded, fields, **{"mesh.data": devices}) for devices in (1, 8))
+    start = bigram.params(0)["table"]
+    assert relative_error(spread[1] - start, alone[1] - start) < 1e-5
+    assert spread[2].keys() == alone[2].keys()
+    for name, value in alone[2].items():
+        assert spread[2][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("mode", ["outcome", "overlong", "gdpo", "steps"])
+def test_advantages_of_a_step(recorded, mode):
+    """From scores to advantages [B, T]: components, the penalty of long completions, rewards of steps."""
+    fields = {
+        "overlong": {"objective.overlong_cache": 4},
+        "gdpo": {"objective.multi_objective_aggregation": "normalize_then_sum"},
+    }.get(mode, {})
+    config = tiny.config(**UPDATE, **fields)
+    parts, scores = bigram.parts(config), recorded.scores
+    mask, weights = bigram.counted_mask(recorded, config), np.array([1.0, 0.5])
+    values = scores.values * scores.valid
+    if mode == "steps":
+        random = np.random.default_rng(0)
+        steps, ends = random.random(mask.shape).astype(np.float32), (random.random(mask.shape) < 0.4) * mask
+        scores = scores.replace(step_rewards=steps * ends, step_ends=ends.astype(np.float32))
+    got = np.asarray(add_advantages(parts, recorded, scores).advantages)
+    total = values @ weights
+    if mode == "overlong":
+        total = total - np.clip((recorded.lengths - 2) / 4, 0, 1)
+        assert len(set(recorded.lengths)) > 2
+    real = recorded.weight.reshape(4, 4)[:, 0] > 0
+    want = np.zeros((4, 4, 6))
+    for n, group in enumerate(total.reshape(4, 4)):
+        if mode == "steps":
+            rows = slice(4 * n, 4 * n + 4)
+            at_end = np.arange(6) == recorded.lengths[rows, None] - 1
+            reward = steps[rows] * ends[rows] + at_end * group[:, None]
+            counted = (ends[rows] > 0) | at_end
+            scaled = (reward - reward[counted].mean()) / (reward[counted].std(ddof=1) + 1e-4) * counted
+            want[n] = scaled[:, ::-1].cumsum(axis=1)[:, ::-1]
+        elif mode == "gdpo":
+            of_each = values.reshape(4, 4, 2)[n]
+            scaled = (of_each - of_each.mean(0)) / (of_each.std(0, ddof=1) + 1e-4)
+            want[n] = (scaled @ weights)[:, None]
+        else:
+            want[n] = ((group - group.mean()) / (group.std(ddof=1) + 1e-4))[:, None]
+    if mode == "gdpo":
+        known = want[real][..., 0]
+        want = (want - known.mean()) / (known.std(ddof=1) + 1e-4)
+    want = (want * real[:, None, None]).reshape(16, 6) * mask
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert np.abs(want).max() > 0.3
+
+
+def test_the_penalty_of_long_completions_is_counted(recorded):
+    _, _, metrics, _ = descended(recorded, {"overlong_cache": 4})
+    _, _, plain, _ = descended(recorded, {})
+    rows = recorded.weight > 0
+    penalty = -np.clip((recorded.lengths[rows] - 2) / 4, 0, 1).mean()
+    assert metrics["reward/overlong"] == pytest.approx(penalty, rel=1e-5) and penalty < -0.1
+    assert metrics["reward/total"] == pytest.approx(plain["reward/total"] + penalty, rel=1e-5)
+    assert "reward/overlong" not in plain
 
 
 def test_the_end_token_is_trained_on(recorded):
@@ -455,9 +578,23 @@ def test_groups_that_tie_have_advantage_and_gradient_of_exactly_zero(told):
     assert not rollout.advantages[:4].any() and np.abs(rollout.advantages[4:, 0]).min() > 0.1
 
 
-# Adapters, and devices.
+# A sampler that is not the trainer: top-p, and a cache in bfloat16.
 
-SMALL = {"data.prompts_per_step": 8, "sampler.group_size": 2, "sampler.max_new_tokens": 4, "optim.clip_norm": 0.0}
+
+def test_the_correction_is_that_of_the_trainer_to_the_law_really_drawn_from():
+    fields = {"sampler.top_p": 0.8, "sampler.cache_dtype": "bfloat16", "objective.correction": "token_truncate"}
+    parts = tiny.parts(tiny.config(**fields, **SMALL), ONE_LAYER, optax.sgd(1.0))
+    before, _, metrics, rollout = one_step(parts)
+    logps = rollout_oracle(rollout, before.trainable["params"])
+    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    weights = np.minimum(np.exp(logps - rollout.sampled_logps)[mask], 3.0)
+    assert metrics["correction/weight"] == pytest.approx(weights.mean(), rel=1e-4) and weights.mean() < 0.95
+    # The trainer's law is the ratio's denominator, so that the ratio is 1 though the sampler's numbers are off.
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6) and metrics["sampler_gap/max"] > 1e-4
+    assert metrics["correction/kl"] > 0.01 and metrics["correction/outside"] == 0
+
+
+# Adapters, and devices.
 
 
 def one_step(parts, variables=None, frozen=None):

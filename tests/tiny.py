@@ -229,6 +229,6 @@ def prompts(config: Config, first_draw: int = 0, scorer: Scorer | None = None) -
     )
 
 
-def on_mesh(prompts: Prompts, mesh: Mesh) -> Prompts:
-    """The prompts as a run hands them to the step: rows split over the mesh."""
-    return jax.device_put(prompts, row_sharding(mesh))
+def on_mesh(rows: Any, mesh: Mesh) -> Any:
+    """Prompts, or a rollout, as a run hands them on: rows split over the mesh."""
+    return jax.device_put(rows, row_sharding(mesh))
