@@ -134,8 +134,8 @@ def _relative(x: Float[Array, "N K"], present: Bool[Array, "N K"], config: Objec
         out = safe_divide(out, deviation + config.advantage_epsilon)
     if config.normalize_advantages:
         out = _normalized(out, present, config)
-    if config.baseline == "none":
-        return masked_select(out, present)
+    if config.baseline == config.scale_rewards == "none":
+        return out  # compared with nothing
     tied = _tied(x, present) if by_group else _tied(x.reshape(1, -1), present.reshape(1, -1))
     return masked_select(out, present & ~tied)
 
@@ -150,10 +150,11 @@ def _mean_of_others(
 
 
 def _normalized(x: Float[Array, "..."], present: Bool[Array, "..."], config: ObjectiveConfig) -> Float[Array, "..."]:
-    """(x - mean) / (std + epsilon) over all present ones; 0 elsewhere."""
-    centred = masked_select(x - masked_mean(x, present), present)
-    deviation = _standard_deviation(x.reshape(1, -1), present.reshape(1, -1), config.advantage_ddof)[0, 0]
-    return safe_divide(centred, deviation + config.advantage_epsilon)
+    """(x - mean) / (std + epsilon) over all present ones; 0 elsewhere, and where all tie."""
+    every, counted = x.reshape(1, -1), present.reshape(1, -1)
+    deviation = _standard_deviation(every, counted, config.advantage_ddof) + config.advantage_epsilon
+    out = safe_divide(every - masked_mean(every, counted), deviation)
+    return masked_select(out, counted & ~_tied(every, counted)).reshape(x.shape)
 
 
 def _tied(x: Float[Array, "N K"], present: Bool[Array, "N K"]) -> Bool[Array, "N 1"]:

@@ -63,6 +63,27 @@ def test_values_and_gradients_against_numpy(chunk, dtype):
     jax.tree.map(close, grads, want_grads)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_the_entropy_carries_its_gradient_when_asked(chunk):
+    """By hand: d H / d logits = -p (log p + H)."""
+    hidden, parameters, tokens, weights = example()
+    _, want, _ = oracle(hidden, parameters, tokens, 0.7, weights)
+    logits = (hidden @ parameters["kernel"] + parameters["bias"]) / 0.7
+    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    by_logits = -weights[..., None] * np.exp(logps) * (logps + want[..., None]) / 0.7
+
+    def loss(kernel):
+        def unembed(h):
+            return h @ kernel + parameters["bias"]
+
+        entropies = token_logps(jnp.array(hidden), unembed, jnp.array(tokens), 0.7, chunk, entropy_gradient=True)[1]
+        return jnp.sum(entropies * weights)
+
+    with jax.enable_x64(True):
+        grad = jax.jit(jax.grad(loss))(jnp.array(parameters["kernel"]))
+    np.testing.assert_allclose(grad, np.einsum("btd,btv->dv", hidden, by_logits), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 8, 9, 16, 30, 1000])
 def test_no_more_than_a_chunk_of_logits_exists_at_once(chunk):
     seen = []

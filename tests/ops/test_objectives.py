@@ -100,12 +100,21 @@ def test_the_golden_cases_are_all_here(golden):
     assert [name for name in CASES if golden[name]["inputs"]["delta"]] == ["delta_clip"]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", CASES)
+HAZARDS = ("tied_tenth", "large_ratio", "delta_clip", "fp32_overflow", "masked_junk", "holes")  # of float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, "float64") for name in CASES] + [(name, "float32") for name in HAZARDS]
+)
 def test_golden(golden, name, dtype):
     inputs, expected = golden[name]["inputs"], golden[name]["expected"]
     shape = np.shape(inputs["mask"])
+    left_out = {"bnpo", *({"dapo", "gspo_token"} if dtype == "float32" else ())}  # one minibatch: bnpo is dapo
+    if name != "empty_row":
+        left_out.add("grpo_skip_empty")
     for loss_type, key in GOLDEN_KEY.items():
+        if loss_type in left_out:
+            continue
         with jax.enable_x64(dtype == "float64"):
             arrays, times = arrays_of(golden[name], loss_type, dtype)
             loss, metrics, grad = loss_and_gradient(
@@ -263,30 +272,28 @@ def beside(seed, new, mask, weight, config):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_against_numpy(name, dtype):
     config = config_named(name)
-    for seed in range(2):
-        *rollout, mask, weight = ragged(seed)
-        more = beside(seed, rollout[0], mask, weight, config)
-        want_loss, *want_grads = loss_and_gradients(
-            *rollout, mask=mask, config=config, weight=weight, length=11, **more
-        )
-        with jax.enable_x64(dtype == "float64"):
-            *given, mask, weight = (jnp.array(x, dtype) for x in (*rollout, mask, weight))
-            more = {key: jnp.array(x, dtype) for key, x in more.items()}
-            if seed and "selected" in more:
-                del more["selected"]  # chosen from the entropies inside
-            compute = jax.value_and_grad(loss_beside, (0, 1), True)
-            (loss, metrics), (grad, grads) = compute(given[0], more, *given[1:], mask, config, weight)
-        assert loss.dtype == grad.dtype == dtype
-        assert_close(loss, want_loss, dtype)
-        assert_close(grad, want_grads[0], dtype)
-        assert_close(grads.pop("entropies"), want_grads[1], dtype)
-        assert all(np.all(np.asarray(g) == 0) for g in grads.values())
-        assert abs(want_loss) > 1e-3 and np.sum(want_grads[0] != 0) > 5
-        if name in LOSS_TYPES or name == "no_kl":
-            want_metrics = metrics_oracle(*rollout, counted=np.array(mask * weight[:, None]) != 0, config=config)
-            assert set(metrics) == set(want_metrics)
-            for metric, want in want_metrics.items():
-                assert_close(metrics[metric], want, dtype, metric)
+    seed = int(dtype == "float32")
+    *rollout, mask, weight = ragged(seed)
+    more = beside(seed, rollout[0], mask, weight, config)
+    want_loss, *want_grads = loss_and_gradients(*rollout, mask=mask, config=config, weight=weight, length=11, **more)
+    with jax.enable_x64(dtype == "float64"):
+        *given, mask, weight = (jnp.array(x, dtype) for x in (*rollout, mask, weight))
+        more = {key: jnp.array(x, dtype) for key, x in more.items()}
+        if seed and "selected" in more:
+            del more["selected"]  # chosen from the entropies inside
+        compute = jax.value_and_grad(loss_beside, (0, 1), True)
+        (loss, metrics), (grad, grads) = compute(given[0], more, *given[1:], mask, config, weight)
+    assert loss.dtype == grad.dtype == dtype
+    assert_close(loss, want_loss, dtype)
+    assert_close(grad, want_grads[0], dtype)
+    assert_close(grads.pop("entropies"), want_grads[1], dtype)
+    assert all(np.all(np.asarray(g) == 0) for g in grads.values())
+    assert abs(want_loss) > 1e-3 and np.sum(want_grads[0] != 0) > 5
+    if name in LOSS_TYPES or name == "no_kl":
+        want_metrics = metrics_oracle(*rollout, counted=np.array(mask * weight[:, None]) != 0, config=config)
+        assert set(metrics) == set(want_metrics)
+        for metric, want in want_metrics.items():
+            assert_close(metrics[metric], want, dtype, metric)
 
 
 def loss_beside(new, more, old, ref, adv, mask, config, weight):
@@ -329,9 +336,7 @@ def test_minibatches_against_numpy(name):
                 rollout_mask=mask,
                 rollout_weight=weight,
             )
-            terms, _ = numerator_and_gradient(
-                *(x[rows] for x in given), mask=all_masks[rows], config=config, weight=weights[rows]
-            )
+            terms = policy_loss_terms(*(x[rows] for x in given), all_masks[rows], config, weights[rows])
             denominator = denominators(all_masks[rows], all_masks, config, weights[rows], weights)
             assert_close(terms.numerator / denominator, want, "float64")
 
@@ -357,7 +362,7 @@ def test_dapo_is_as_long_a_step_as_bnpo_in_expectation():
         assert by[0] == by[1] == 4 * rows
 
 
-SPLITS = [[4, 4, 4], [1, 4, 1, 1, 4, 1], [1] * 12]
+SPLITS = [[4, 4, 4], [1, 4, 1, 1, 4, 1]]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -368,7 +373,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss_gradient_and_metrics(n
         denominator = denominators(mask, mask, config, weight, weight)
         want = loss_and_gradient(*given, mask=mask, config=config, weight=weight)
         assert abs(want[0]) > 1e-3
-        for split in SPLITS:
+        for split in SPLITS if name in ("grpo", "dapo") else SPLITS[:1]:
             stops = np.cumsum(split)
             parts = []
             for start, stop in zip(stops - split, stops, strict=True):
