@@ -22,7 +22,8 @@ CONVENTIONS = {
     "leave_one_out": ObjectiveConfig(scale_rewards="none", baseline="leave_one_out"),
 }
 DTYPES = {"float32": (2e-4, 2e-6), "float64": (1e-9, 1e-12)}
-compute = jax.jit(advantages, static_argnums=(1, 2))
+compute = advantages  # not jitted: a compile for each config adds up
+compiled = jax.jit(advantages, static_argnums=(1, 2))
 
 
 def oracle(rewards, group_size, scale_rewards="group", epsilon=1e-4, baseline="group", ddof=1, normalize=False):
@@ -35,7 +36,7 @@ def oracle(rewards, group_size, scale_rewards="group", epsilon=1e-4, baseline="g
             others = np.delete(group, i)
             taken = {"group": group.mean(), "leave_one_out": others.mean(), "batch": r.mean(), "none": 0.0}[baseline]
             divisor = {"group": group.std(ddof=ddof) + epsilon, "batch": r.std(ddof=ddof) + epsilon, "none": 1.0}
-            out[n, i] = (x - taken) / divisor[scale_rewards]
+            out[n, i] = (x - taken) / (divisor[scale_rewards] or 1.0)
         if len(set(group)) == 1 and baseline in ("group", "leave_one_out"):
             out[n] = 0
     if normalize:
@@ -109,7 +110,7 @@ def test_against_numpy(name, group_size):
 def test_a_batch_that_ties_is_exactly_zero(name):
     """Plain REINFORCE has no baseline: there rewards of 0.1 are advantages of 0.1."""
     rewards = jnp.full(12, 0.1)
-    got = compute(rewards, 4, estimator(name, advantage_epsilon=1e-8))
+    got = compiled(rewards, 4, estimator(name, advantage_epsilon=1e-8))
     np.testing.assert_array_equal(got, np.zeros(12))
     np.testing.assert_array_equal(compute(rewards, 4, estimator("reinforce")), rewards)
 
@@ -124,7 +125,7 @@ def test_a_tie_is_exactly_zero_in_float32(scale_rewards):
     values = np.array([0.1, 0.9, 1 / 3, 1.2, -0.7, 1e6, 0.0], np.float32)
     for group_size in (3, 8):
         rewards = np.concatenate([values.repeat(group_size), np.arange(group_size, dtype=np.float32)])
-        got = np.asarray(compute(rewards, group_size, config))
+        got = np.asarray(compiled(rewards, group_size, config))
         np.testing.assert_array_equal(got[:-group_size], 0.0)
         assert np.all(np.isfinite(got)) and got[-1] > 0
 
@@ -289,7 +290,7 @@ def test_overlong_penalty():
 
 REWARDS = strategies.lists(strategies.integers(-20, 20).map(lambda n: n / 8), min_size=12, max_size=12)
 CENTRED = strategies.sampled_from([n for n in ESTIMATORS if n != "reinforce" and not n.endswith("_normalized")])
-SETTINGS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+SETTINGS = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def exact(rewards, config, group_size=4):
