@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from loss_oracle import correction_weights as oracle
 
-from grpo_jax.config import ObjectiveConfig
+from grpo_jax.config import ObjectiveConfig, SamplerConfig
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.sampler.draw import draw_tokens
 
@@ -74,16 +74,13 @@ def test_no_gradient_reaches_either_law():
 
 
 def mean_under_training_law(sampled_from, config, f):
-    """Mean of w f over draws from a law, given by logits, for the training law that LOGITS give."""
-    draws = 20_000
-    key = jax.random.split(jax.random.key(0), draws)
-    logits = jnp.broadcast_to(sampled_from, (draws, len(LOGITS)))
-    from grpo_jax.config import SamplerConfig
-
-    tokens, _, sampled = draw_tokens(logits, key, jnp.int32(0), SamplerConfig(**config))
-    logps = jax.nn.log_softmax(LOGITS)[tokens]
+    """Mean of w f over draws from a law, given by logits, for the training law that LOGITS give; and that of f."""
+    noise = jax.random.uniform(jax.random.key(0), (20_000, 2))
+    logits = jnp.broadcast_to(sampled_from, (len(noise), len(LOGITS)))
+    tokens, _, sampled = draw_tokens(logits, noise, SamplerConfig(**config))
+    logps = jax.nn.log_softmax(LOGITS)[tokens][:, None]
     free = ObjectiveConfig(correction="token_truncate", correction_max=0.0)
-    weights, _ = correction_weights(logps[:, None], sampled[:, None], jnp.ones((draws, 1)), free)
+    weights, _ = correction_weights(logps, sampled[:, None], jnp.ones_like(logps), free)
     return float(jnp.mean(weights[:, 0] * f[tokens])), float(jnp.mean(f[tokens]))
 
 
