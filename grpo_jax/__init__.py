@@ -8,6 +8,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from grpo_jax.generate import load
     from grpo_jax.models.loading import load_model
     from grpo_jax.ops.advantages import advantages
     from grpo_jax.ops.objectives import policy_loss
@@ -15,10 +16,11 @@ if typing.TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["__version__", "advantages", "load_model", "policy_loss", "train"]
+__all__ = ["__version__", "advantages", "load", "load_model", "policy_loss", "train"]
 
 _HOMES = {
     "advantages": "grpo_jax.ops.advantages",
+    "load": "grpo_jax.generate",
     "load_model": "grpo_jax.models.loading",
     "policy_loss": "grpo_jax.ops.objectives",
     "train": "grpo_jax.recipes.grpo",

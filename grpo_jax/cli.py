@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from grpo_jax import config as configs
 from grpo_jax.errors import InputError
+from grpo_jax.models.hub import cache_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,6 +126,22 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
             )
+    made = command("sample", run_sample, "print completions of a model, drawn by the sampler of training")
+    made.add_argument("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
+    made.add_argument("--prompt", required=True, action="append", help="text of a user's message; may be given again")
+    made.add_argument("-n", type=int, default=1, help="completions a prompt (default: 1)")
+    made.add_argument("--max_new_tokens", type=int, default=256, help="tokens a completion may have (default: 256)")
+    made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    made.add_argument("--top_k", type=int, default=0, help="draw among the k likeliest tokens (default: all)")
+    made.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest of this mass (default: 1)")
+    made.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    made.add_argument("--template", default="", help="as text.template (default: the model's own chat template)")
+    made.add_argument("--system_prompt", default="", help="system message before each prompt")
+    made.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    made = command("plan", run_plan, "print parameters, memory by dtype and FLOPs a token of a published model")
+    made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
+    made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
+    made.add_argument("--rank", type=int, default=16, help="rank of adapters (default: 16)")
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top
@@ -169,6 +186,34 @@ def run_sft(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def run_sample(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax sample`."""
+    if overrides:
+        raise InputError(f"{overrides[0]}: sample has options of its own: see grpo-jax sample --help")
+    _set_up_jax(configs.Config())
+    from grpo_jax.generate import load
+
+    names = ("n", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "template", "system_prompt")
+    texts = load(options.model, options.dtype).generate(options.prompt, **{name: vars(options)[name] for name in names})
+    for prompt, completions in zip(options.prompt, texts, strict=True):
+        for number, text in enumerate(completions, start=1):
+            print(f"--- {prompt} ({number} of {options.n})\n{text}")
+    return 0
+
+
+def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax plan`."""
+    from grpo_jax.models.presets import describe
+
+    if overrides:
+        raise InputError(f"{overrides[0]}: plan reads no config: name a --model")
+    for name in ("context", "rank"):
+        if vars(options)[name] < 0:
+            raise InputError(f"--{name} {vars(options)[name]}: must not be negative")
+    print("\n".join(describe(options.model, options.context, options.rank)))
+    return 0
+
+
 def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax report`."""
     from grpo_jax.report import write_report
@@ -200,8 +245,7 @@ def _set_up_jax(config: configs.Config) -> None:
     if folder == "auto" and jax.config.values["jax_compilation_cache_dir"]:
         return
     if folder == "auto":
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(root, "grpo_jax", "compiled")
+        folder = str(cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder or None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,7 +30,11 @@ def option(default: Any, doc: str, choices: tuple = ()) -> Any:
 class ModelConfig:
     """Which model is trained, and in which number formats."""
 
-    path: str = option("", "folder (Hugging Face), .gguf file, or 'smollm2-135m'; empty: made in the run by `base`")
+    path: str = option(
+        "",
+        "folder (Hugging Face or PEFT), .gguf file, run or checkpoint, Hub id (owner/name, @revision may follow), or "
+        "'smollm2-135m'; empty: made in the run by `base`",
+    )
     param_dtype: str = option(
         "float32", "dtype of the trained parameters at rest; bfloat16 loses updates at lr 1e-6", ("float32", "bfloat16")
     )
@@ -41,6 +46,26 @@ class ModelConfig:
     )
     remat: str = option("none", "what the backward recomputes: none, or all of each layer", ("none", "full"))
     logits_chunk: int = option(0, "positions whose logits exist at once in training; 0: all that a micro-batch has")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): the model is frozen, x A B alpha / rank beside its dense layers is trained.
+
+    No dropout: the sampler's law and the loss's would differ.
+    """
+
+    rank: int = option(0, "rank of the adapters; 0: none, all parameters are trained")
+    alpha: float = option(32.0, "what the adapters add is scaled by alpha / rank")
+    targets: str = option(
+        "",
+        "regular expression on layers such as 'stack_0/attention/query': those with adapters; empty: all linear ones",
+    )
+    base_dtype: str = option(
+        "bfloat16",
+        "dtype of the frozen model at rest; int8: its dense kernels with a scale a column, the rest bfloat16",
+        ("float32", "bfloat16", "int8"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +328,7 @@ class Config:
 
     seed: int = option(0, "everything random is a function of it")
     model: ModelConfig = option(ModelConfig(), "")
+    lora: LoraConfig = option(LoraConfig(), "of `train`, `sft` and the cold start")
     base: BaseConfig = option(BaseConfig(), "")
     text: TextConfig = option(TextConfig(), "")
     data: DataConfig = option(DataConfig(), "")
@@ -541,6 +567,12 @@ def validate(config: Config, source: str = "config") -> None:
         (c.base.width // c.base.heads) % 2 == 0, "base.width", f"over base.heads={c.base.heads} must be even (rotary)"
     )
     require(c.base.heads % c.base.kv_heads == 0, "base.heads", f"must divide by base.kv_heads={c.base.kv_heads}")
+    require(c.lora.rank >= 0, "lora.rank", "must not be negative")
+    require(c.lora.alpha > 0, "lora.alpha", "must be positive")
+    try:
+        re.compile(c.lora.targets)
+    except re.error as error:
+        require(False, "lora.targets", f"is no regular expression ({error})")
     if c.train.time_budget:
         parse_duration(c.train.time_budget, f"{source}: train.time_budget")
     sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)

@@ -22,6 +22,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/kernel$", ("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"(head|query|key|value|gate|up)/kernel_scale$", ("tensor",)),
+    (r"(out|down)/kernel_scale$", ("fsdp",)),
     (r"(query|key|value|gate|up)/a$", ("fsdp", None)),
     (r"(query|key|value|gate|up)/b$", (None, "tensor")),
     (r"(out|down)/a$", ("tensor", None)),

@@ -60,7 +60,7 @@ class TrainState(flax.struct.PyTreeNode):
       skipped_in_row: how many of them since the last good one.
       trainable: collections that the optimizer changes, {"params": ...} or {"adapters": ...}.
       frozen: collections that it does not.
-      reference: the reference's copy of `trainable`; None when beta is 0.
+      reference: the reference's copy of `trainable`, {} where it is `frozen` alone; None when beta is 0.
       opt_state: the optimizer's.
     """
 
@@ -105,12 +105,24 @@ class StepParts:
     stops: StopTable | None = None
 
 
-def init_state(parts: StepParts, variables: dict[str, Any], frozen: dict[str, Any] | None = None) -> TrainState:
-    """A state at step 0 on the mesh; the reference is a copy with buffers of its own."""
+def init_state(
+    parts: StepParts,
+    variables: dict[str, Any],
+    frozen: dict[str, Any] | None = None,
+    base_is_reference: bool = False,
+) -> TrainState:
+    """A state at step 0 on the mesh; the reference is a copy with buffers of its own.
+
+    With `base_is_reference` it is the frozen collections alone, as long as it is never refreshed: adapters whose B is
+    zero add nothing.
+    """
+    objective = parts.config.objective
+    nothing = base_is_reference and objective.reference_every == 0
 
     def make(variables: Any, frozen: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        reference = jax.tree.map(jnp.copy, variables) if parts.config.objective.beta > 0 else None
+        copy = {} if nothing else jax.tree.map(jnp.copy, variables)
+        reference = copy if objective.beta > 0 else None
         return TrainState(zero, zero, zero, zero, zero, variables, frozen, reference, parts.optimizer.init(variables))
 
     frozen = frozen or {}

@@ -263,6 +263,63 @@ def test_param_dtype(model):
         np.testing.assert_array_equal(np.asarray(leaf), want)
 
 
+# lora
+
+
+def lora_state(model, **fields):
+    """The state at step 0 of a run with adapters."""
+    parts, _, _ = prepared(model, **{"lora.rank": 2, **fields})
+    return initial_state(parts, model)
+
+
+@flips("lora.rank")
+def test_lora_rank(model):
+    state = lora_state(model, **{"lora.rank": 0})
+    assert set(state.trainable) == {"params"} and not state.frozen
+    for rank in (1, 3):
+        state = lora_state(model, **{"lora.rank": rank})
+        query = state.trainable["adapters"]["stack_0"]["attention"]["query"]
+        assert (query["a"].shape, query["b"].shape) == ((2, 16, rank), (2, rank, 16))
+        assert set(state.frozen) == {"params", "adapter_scales"}
+        assert optax.tree.size(state.opt_state) == 2 * optax.tree.size(state.trainable) + 2, "two moments, two counters"
+
+
+@flips("lora.alpha")
+def test_lora_alpha(model):
+    for alpha in (8.0, 3.0):
+        scales = lora_state(model, **{"lora.alpha": alpha}).frozen["adapter_scales"]
+        assert {float(x) for leaf in jax.tree.leaves(scales) for x in leaf} == {alpha / 2}
+    with pytest.raises(InputError, match=r"lora.alpha=0.0 must be positive"):
+        tiny.config(**{"lora.alpha": 0.0})
+
+
+@flips("lora.targets")
+def test_lora_targets(model):
+    for targets, blocks in (
+        ("", {"attention": ["key", "out", "query", "value"], "mlp": ["down", "gate", "up"]}),
+        ("attention/(query|value)$", {"attention": ["query", "value"]}),
+    ):
+        adapters = lora_state(model, **{"lora.targets": targets}).trainable["adapters"]["stack_0"]
+        assert {block: sorted(layers) for block, layers in adapters.items()} == blocks
+    with pytest.raises(InputError, match=r"lora.targets='conv' matches none of stack_0/attention/query"):
+        lora_state(model, **{"lora.targets": "conv"})
+    with pytest.raises(InputError, match=r"lora.targets='\(' is no regular expression"):
+        tiny.config(**{"lora.targets": "("})
+
+
+@flips("lora.base_dtype")
+def test_lora_base_dtype(model):
+    written = model.params["stack_0"]["mlp"]["up"]["kernel"]
+    for dtype, error in (("float32", 0.0), ("bfloat16", 2**-8), ("int8", 0.5 / 127)):
+        params = lora_state(model, **{"lora.base_dtype": dtype}).frozen["params"]
+        kernel = params["stack_0"]["mlp"]["up"]
+        assert kernel["kernel"].dtype == jnp.dtype(dtype)
+        assert params["embed"]["embedding"].dtype == ("float32" if dtype == "float32" else "bfloat16")
+        scale = np.asarray(kernel.get("kernel_scale", np.ones((2, 24))))[:, None]
+        gap = np.abs(np.asarray(kernel["kernel"], np.float32) * scale - written)
+        assert gap.max() <= error * np.abs(written).max() and (gap.max() > 0) == (error > 0)
+
+
 @flips("model.compute_dtype")
 def test_compute_dtype(model):
     wide, narrow = traced(), traced(**{"model.compute_dtype": "bfloat16"})
@@ -328,7 +385,7 @@ def test_base_sizes(name):
 
 @dataclasses.dataclass
 class Given:
-    """What the base or the cold start hands to fine_tune."""
+    """What a recipe hands to the loop of supervised training."""
 
     sft: object
     module: object
@@ -342,7 +399,12 @@ def captured_fine_tune(monkeypatch, where) -> list[Given]:
         found.append(Given(sft, module, list(examples)))
         return params
 
-    monkeypatch.setattr(where, "fine_tune", fine_tune)
+    def fit(config, sft, module, collections, *given):
+        return fine_tune(config, sft, module, collections[0], *given)
+
+    for name, stand_in in (("fine_tune", fine_tune), ("fit", fit)):
+        if hasattr(where, name):
+            monkeypatch.setattr(where, name, stand_in)
     monkeypatch.setattr(where, "save_model", lambda folder, *_: str(folder))
     return found
 

@@ -18,6 +18,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PAGES = (
     "README.md",
     "CHANGELOG.md",
+    "docs/adapters.md",
     "docs/architecture.md",
     "docs/extending.md",
     "docs/index.md",

@@ -15,6 +15,7 @@ FLOORS = {
     "step": 5,
     "checkpoint": 5,
     "optimizer": 5,
+    "generate": 4,
     "rewards": 4,
     "data": 4,
     "sampler": 3,
@@ -188,7 +189,7 @@ def test_the_version_is_that_of_the_distribution(repo_root):
     assert installed == tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]["version"]
 
 
-@pytest.mark.parametrize("name", ["advantages", "load_model", "policy_loss", "train"])
+@pytest.mark.parametrize("name", ["advantages", "load", "load_model", "policy_loss", "train"])
 def test_a_lazy_name_is_the_function_of_that_name(name):
     import grpo_jax
 

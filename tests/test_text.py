@@ -121,9 +121,10 @@ def test_digits_stay_apart_only_where_the_pre_tokenizer_says(byte_level):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre='llama-bpe' is not supported: use one of gpt-2, smollm"),
+        ({"pre": "falcon"}, "tokenizer.ggml.pre='falcon' is not supported: use one of gpt-2, smollm"),
         ({"pre": None}, "tokenizer.ggml.pre=None"),
-        ({"model": "llama"}, "tokenizer.ggml.model='llama'"),
+        ({"model": "bert"}, "tokenizer.ggml.model='bert' is not supported: use one of gpt2, llama"),
+        ({"model": "llama"}, "tokenizer.ggml.scores: None of 265 are there"),
         ({"merges": ["a b c"]}, "'a b c' is not two pieces"),
         ({"merges": ["x nowhere"]}, "makes no tokenizer"),
         ({"merges": None}, "tokenizer.ggml.merges='None'"),

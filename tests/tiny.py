@@ -202,12 +202,16 @@ def parts(
 
 
 def state(
-    parts: StepParts, variables: dict[str, Any] | None = None, frozen: dict[str, Any] | None = None
+    parts: StepParts,
+    variables: dict[str, Any] | None = None,
+    frozen: dict[str, Any] | None = None,
+    **options: Any,
 ) -> TrainState:
     """A state at step 0 from `params` (or `variables`), on the mesh."""
     variables = {"params": params(parts.module.architecture)} if variables is None else variables
     variables = jax.device_put(variables, shardings(variables, parts.mesh))
-    return init_state(parts, variables, jax.device_put(frozen, shardings(frozen, parts.mesh)) if frozen else None)
+    frozen = jax.device_put(frozen, shardings(frozen, parts.mesh)) if frozen else None
+    return init_state(parts, variables, frozen, **options)
 
 
 def prompts(config: Config, first_draw: int = 0, scorer: Scorer | None = None) -> Prompts:

@@ -22,7 +22,7 @@ from grpo_jax.models.architecture import Architecture, llama
 DAMAGED = "the file is truncated or damaged: get it again"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-BLOCK = 32  # numbers in a block of the quantised types
+BLOCK, SUPER_BLOCK = 32, 256  # numbers in a block of the quantised types
 
 Blocks = UInt8[np.ndarray, "blocks bytes"]
 Values = Float[np.ndarray, "blocks values"]
@@ -218,12 +218,37 @@ def _q8_0(blocks: Blocks) -> Values:
     return _halves(blocks, 0) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32)
 
 
+def _q4_k(blocks: Blocks) -> Values:
+    """Eight runs of 32: d scale q - dmin least, with scale and least of six bits each."""
+    packed = blocks[:, 4:16].reshape(-1, 3, 4)  # the low six bits of four scales, of four leasts, then four of each
+    high = packed[:, 0] >> 6, packed[:, 1] >> 6
+    scales = np.concatenate([packed[:, 0] & 63, packed[:, 2] & 15 | high[0] << 4], axis=1)
+    least = np.concatenate([packed[:, 1] & 63, packed[:, 2] >> 4 | high[1] << 4], axis=1)
+    nibbles = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    numbers = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
+    scales = (_halves(blocks, 0) * scales.astype(np.float32))[..., None]
+    least = (_halves(blocks, 2) * least.astype(np.float32))[..., None]
+    return (scales * numbers - least).reshape(-1, SUPER_BLOCK)
+
+
+def _q6_k(blocks: Blocks) -> Values:
+    """Sixteen runs of 16: d scale (q - 32), the numbers' low four bits apart from their high two."""
+    low, high = blocks[:, :128].reshape(-1, 2, 1, 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
+    high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    numbers = (low | high << 4).astype(np.float32).reshape(-1, 16, 16) - 32
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return ((_halves(blocks, 208) * scales)[..., None] * numbers).reshape(-1, SUPER_BLOCK)
+
+
 TENSOR_TYPES = {
     0: TensorType("F32", 1, 4, _f32),
     1: TensorType("F16", 1, 2, _f16),
     2: TensorType("Q4_0", BLOCK, 18, _q4_0),
     3: TensorType("Q4_1", BLOCK, 20, _q4_1),
     8: TensorType("Q8_0", BLOCK, 34, _q8_0),
+    12: TensorType("Q4_K", SUPER_BLOCK, 144, _q4_k),
+    14: TensorType("Q6_K", SUPER_BLOCK, 210, _q6_k),
     30: TensorType("BF16", 1, 2, _bf16),
 }
 

@@ -20,10 +20,9 @@ from grpo_jax.metrics import write_atomic
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import shardings
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
-from grpo_jax.recipes.sft import fine_tune, read_chats, save_model
+from grpo_jax.recipes.sft import about_base, fit, put_variables, read_chats, save_adapters, save_model
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.step import StepParts
 from grpo_jax.terminal import Terminal
@@ -39,7 +38,10 @@ def make_cold_start(
     stop: Stop,
     terminal: Terminal,
 ) -> str:
-    """The folder of the model after its cold start, made now or by an earlier start of the same run."""
+    """The folder of the model after its cold start, made now or by an earlier start of the same run.
+
+    With `lora.rank` it holds adapters, which GRPO goes on with: a merged base in bfloat16 would round them away.
+    """
     folder = workdir / "cold_start"
     finished = folder / "model"
     if finished.is_dir():
@@ -52,9 +54,13 @@ def make_cold_start(
         write_samples(config, model, rows["train"], mesh, chats, stop, terminal)
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
-    params = jax.device_put(model.params, shardings(model.params, mesh))
-    params = fine_tune(config, sft, module, params, examples, mesh, folder / "sft", stop, terminal, "cold start")
-    return save_model(finished, model, jax.device_get(params))
+    collections = put_variables(config, model, mesh)
+    given = (collections, examples, mesh, folder / "sft", stop, terminal, "cold start", about_base(config, model))
+    trained = fit(config, sft, module, *given)
+    variables = jax.device_get({**collections[1], **trained})
+    if config.lora.rank:
+        return save_adapters(finished, config, model, variables)
+    return save_model(finished, model, variables["params"])
 
 
 def write_samples(
@@ -84,10 +90,10 @@ def write_samples(
     parts = StepParts(
         config, module, make_optimizer(config.optim, 1), make_schedule(config.optim, 1), scorer, mesh, tokenizer.end_ids
     )
-    params = jax.device_put(model.params, shardings(model.params, mesh))
+    trainable, frozen = put_variables(config, model, mesh)
     evaluator = Evaluator(parts, prompts, scorer, tokenizer)
     group, what = config.sampler.group_size, "while sampling for the cold start"
-    records = evaluator.sample({"params": params}, len(chosen), group, 1.0, 1.0, 0, lambda: stop.check(what))
+    records = evaluator.sample({**frozen, **trainable}, len(chosen), group, 1.0, 1.0, 0, lambda: stop.check(what))
     right = [r for r in records if r["right"] and r["ended"]]
     kept: dict[int, dict] = {}
     for record in sorted(right, key=lambda r: r["length"]):

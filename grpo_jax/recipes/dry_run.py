@@ -7,7 +7,7 @@ from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import parameter_table
 from grpo_jax.parallel import check_batch, make_mesh, partition_spec
-from grpo_jax.recipes.grpo import check_inputs, read_rows
+from grpo_jax.recipes.grpo import check_inputs, read_rows, show_parameters
 from grpo_jax.terminal import Terminal
 
 
@@ -52,7 +52,7 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
         terminal.say(f"the base is made in the run; its vocabulary is at most {b.vocabulary}")
         params = jax.eval_shape(lambda: init_params(Decoder(sizes), jax.random.key(0)))
     table = parameter_table(params)
-    terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in table)
+    show_parameters(config, params, terminal)
     for path, shape, _, _ in table:
         spec = partition_spec(path, shape, mesh)
         if any(axis and mesh.shape[axis] > 1 for axis in spec):

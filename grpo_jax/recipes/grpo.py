@@ -27,12 +27,15 @@ from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
+from grpo_jax.models.lora import split_variables, target_layers
+from grpo_jax.models.peft import read_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import check_batch, make_mesh, row_sharding, shardings
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
-from grpo_jax.recipes.loop import Loop, Stop, check_workdir, open_workdir
+from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
+from grpo_jax.recipes.sft import about_base, save_adapters
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
@@ -105,10 +108,29 @@ def run(
             config.train.steps,
             f"{mesh.size} x {jax.devices()[0].device_kind}",
         )
-        terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in parameter_table(model.params))
+        show_parameters(config, model.params, terminal)
         session = Session(parts, prompts, evaluator, workdir, stop, terminal, compiles)
         state = session.train(model)
+        if config.lora.rank:
+            fetched = jax.device_get({**state.frozen, **state.trainable})
+            terminal.say(f"adapters for PEFT: {save_adapters(workdir / 'adapter', config, model, fetched)}")
         return session.finish(state, began)
+
+
+def show_parameters(config: Config, params: Mapping[str, Any], terminal: Terminal) -> None:
+    """The parameter table, and what is trained when it is not all of it."""
+    rows = parameter_table(params)
+    terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in rows)
+    if config.lora.rank:
+        trained = sum(
+            layers * config.lora.rank * (inputs + outputs)
+            for layers, inputs, outputs in target_layers(params, config.lora.targets).values()
+        )
+        total = sum(count for *_, count in rows)
+        terminal.say(
+            f"LoRA: {trained:,} adapter parameters are trained; the {total:,} of the base are frozen in "
+            f"{config.lora.base_dtype}"
+        )
 
 
 def read_rows(config: Config, split: str, dataset: Sequence[dict] | None) -> list[dict]:
@@ -160,7 +182,10 @@ def starting_model(
         model = with_end_tokens(load_model(path), config)
     if not config.cold_start.enabled:
         return model
-    return with_end_tokens(load_model(make_cold_start(config, model, rows, mesh, workdir, stop, terminal)), config)
+    path = make_cold_start(config, model, rows, mesh, workdir, stop, terminal)
+    if config.lora.rank:
+        return dataclasses.replace(model, adapters=read_adapters(path, model.architecture))
+    return with_end_tokens(load_model(path), config)
 
 
 def with_end_tokens(model: LoadedModel, config: Config) -> LoadedModel:
@@ -205,11 +230,25 @@ def prepare(
 
 
 def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
-    """The state at step 0: parameters on the mesh in `model.param_dtype`."""
-    dtype = jnp.dtype(parts.config.model.param_dtype)
-    layout = shardings(model.params, parts.mesh)
-    params = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), model.params, layout)
-    return init_state(parts, {"params": params})
+    """The state at step 0 on the mesh: what is trained in `model.param_dtype`, a frozen base in `lora.base_dtype`."""
+    config = parts.config
+    dtype = jnp.dtype(config.model.param_dtype)
+    trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
+    trainable = jax.tree.map(
+        lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), trainable, shardings(trainable, parts.mesh)
+    )
+    frozen = jax.device_put(frozen, shardings(frozen, parts.mesh))
+    return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
+
+
+def abstract_of(state: TrainState) -> TrainState:
+    """The shapes, dtypes and shardings of a state."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def saved_part(state: TrainState) -> TrainState:
+    """What of a state a checkpoint holds: a frozen base is read from the model again."""
+    return state.replace(frozen={})
 
 
 @dataclasses.dataclass(eq=False)
@@ -249,11 +288,12 @@ class Session:
         self.measure_once("before", state, 0)
         program = Program(self.parts, state)
         with Checkpoints(self.workdir / "checkpoints", config.checkpoint.keep, self.terminal.warn) as checkpoints:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            restored = checkpoints.restore(abstract)
+            about = about_base(config, model)
+            restored = checkpoints.restore(saved_part(abstract_of(state)))
             first = restored[2] if restored else 0
             if restored:
-                state = restored[0]
+                check_base(restored[1], about, self.workdir, config.model.path)
+                state = restored[0].replace(frozen=state.frozen)
                 self.terminal.say(f"going on after step {first} of {total}")
                 lines = read_jsonl(self.workdir / "metrics.jsonl")
                 self.best = max(
@@ -274,6 +314,8 @@ class Session:
                     self.stop,
                     self.evaluate,
                     lambda done: config.eval.every > 0 and done % config.eval.every == 0,
+                    saved_part=saved_part,
+                    about=about,
                 )
                 return loop.run(state, first)
 

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +106,15 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for key, child in tree.items() for name, value in _flat(child, f"{prefix}{key}.").items()}
 
 
+def check_base(saved: Mapping[str, Any], about: Mapping[str, Any], workdir: pathlib.Path, path: str) -> None:
+    """Raises InputError when a checkpoint's adapters were trained on other weights than those at hand."""
+    if saved.get("base") != about.get("base"):
+        raise InputError(
+            f"model.path={path!r} holds other weights than those that {workdir} was trained on: bring them back, or "
+            "name another --workdir"
+        )
+
+
 @dataclasses.dataclass
 class Loop:
     """One training loop.
@@ -121,6 +130,8 @@ class Loop:
       evaluate: numbers of a state, called after the steps for which `evaluate_at` holds.
       evaluate_at: which steps those are.
       score: name of the evaluation that makes a checkpoint the best one.
+      saved_part: what of a state a checkpoint holds.
+      about: what a checkpoint says beside its step.
     """
 
     steps: int
@@ -133,6 +144,8 @@ class Loop:
     evaluate: Callable[[int, Any], dict[str, float]] = lambda step, state: {}
     evaluate_at: Callable[[int], bool] = lambda step: False
     score: str = "eval/pass@1"
+    saved_part: Callable[[Any], Any] = lambda state: state
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, state: Any, first: int) -> Any:
         """The state after the last step; raises Stopped after saving when the run is asked to end."""
@@ -158,7 +171,7 @@ class Loop:
                 found = self.evaluate(done, state) if evaluate else {}
                 self.record(*waiting, found, seconds)
                 waiting = None
-                self.checkpoints.save(done, state, {"step": done}, found.get(self.score))
+                self.checkpoints.save(done, self.saved_part(state), {"step": done, **self.about}, found.get(self.score))
                 slowest, pause = max(slowest, seconds), max(pause, time.perf_counter() - mark)
                 mark = time.perf_counter()
             if reason and not last:

@@ -1,9 +1,11 @@
 """Supervised fine-tuning: next-token cross-entropy on assistant tokens only."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -22,11 +24,13 @@ from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl
 from grpo_jax.models.decoder import Decoder, DecoderModule
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model
+from grpo_jax.models.lora import ADAPTERS, fingerprint, merge, split_variables
+from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import safe_divide
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import make_mesh, replicated, row_sharding, shardings
-from grpo_jax.recipes.loop import Loop, Stop, open_workdir
+from grpo_jax.recipes.loop import Loop, Stop, check_base, open_workdir
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
@@ -36,10 +40,10 @@ Example = tuple[list[int], list[int]]  # token ids, and 1 where the loss counts
 
 
 class SftState(flax.struct.PyTreeNode):
-    """Parameters and optimizer state."""
+    """All that changes: the trained collections ({"params": ...} or {"adapters": ...}) and the optimizer's state."""
 
     step: Int[Array, ""]
-    params: Any
+    trainable: Any
     opt_state: Any
 
 
@@ -116,12 +120,12 @@ def make_sft_batch(examples: Sequence[Example], packs: Sequence[Sequence[int]], 
     return SftBatch(**arrays, mask=mask)  # pyright: ignore[reportArgumentType]
 
 
-def sft_loss(module: DecoderModule, params: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
+def sft_loss(module: DecoderModule, variables: Any, batch: SftBatch, chunk: int = 0) -> tuple[Array, dict[str, Mean]]:
     """Mean over counted tokens of -log p(token | tokens before it)."""
-    hidden = module.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
+    hidden = module.apply(variables, batch.tokens, batch.positions, batch.segments)
 
     def unembed(hidden: Array) -> Array:
-        return module.apply({"params": params}, hidden, method="logits")
+        return module.apply(variables, hidden, method="logits")
 
     logps, _ = token_logps(hidden[:, :-1], unembed, batch.tokens[:, 1:], 1.0, chunk)
     mask = batch.mask[:, 1:]
@@ -147,32 +151,64 @@ def fine_tune(
     name: str,
 ) -> Any:
     """Parameters after `sft.steps` steps from `params`; checkpoints and metrics lie in `workdir`."""
-    optimizer = make_optimizer(sft_optim(sft), sft.steps)
-    packs = pack(examples, sft.max_length, config.seed)
-    schedule = make_schedule(sft_optim(sft), sft.steps)
+    return fit(config, sft, module, ({"params": params}, {}), examples, mesh, workdir, stop, terminal, name)["params"]
 
-    def make(params: Any) -> SftState:
-        return SftState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
-    layout = shardings(jax.eval_shape(make, params), mesh)
+def sft_program(
+    config: Config, sft: SftConfig, module: DecoderModule, collections: tuple[Any, Any], mesh: Mesh
+) -> tuple[Any, SftState, Callable[[Any], SftState]]:
+    """(the step (frozen, state, batch) -> (state, metrics, None), the abstract state, what makes the first one)."""
+    optimizer, schedule = make_optimizer(sft_optim(sft), sft.steps), make_schedule(sft_optim(sft), sft.steps)
+    trainable, frozen = collections
 
-    def step(state: SftState, batch: SftBatch) -> tuple[SftState, dict[str, Mean], None]:
+    def make(trainable: Any) -> SftState:
+        return SftState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
+
+    shapes = jax.eval_shape(make, trainable)
+    layout = shardings(shapes, mesh)
+
+    def step(frozen: Any, state: SftState, batch: SftBatch) -> tuple[SftState, dict[str, Mean], None]:
+        def loss(trainable: Any) -> tuple[Array, dict[str, Mean]]:
+            return sft_loss(module, {**frozen, **trainable}, batch, config.model.logits_chunk)
+
         with jax.default_matmul_precision(config.model.matmul_precision):
-            gradient, means = jax.grad(lambda p: sft_loss(module, p, batch, config.model.logits_chunk), has_aux=True)(
-                state.params
-            )
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            gradient, means = jax.grad(loss, has_aux=True)(state.trainable)
+            changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
-        new = SftState(step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-        return new, means, None
+        changed = optax.apply_updates(state.trainable, changes)
+        return SftState(step=state.step + 1, trainable=changed, opt_state=opt_state), means, None
 
-    rows = row_sharding(mesh)
     program = jax.jit(
-        step, in_shardings=(layout, rows), out_shardings=(layout, replicated(mesh), None), donate_argnums=0
+        step,
+        in_shardings=(shardings(frozen, mesh), layout, row_sharding(mesh)),
+        out_shardings=(layout, replicated(mesh), None),
+        donate_argnums=1,
     )
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make, params), layout
-    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    return program, abstract, jax.jit(make, out_shardings=layout)
+
+
+def fit(
+    config: Config,
+    sft: SftConfig,
+    module: DecoderModule,
+    collections: tuple[Any, Any],
+    examples: Sequence[Example],
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
+    name: str,
+    about: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Any:
+    """The trained collections after `sft.steps` steps from `collections`, (trainable, frozen).
+
+    `about` is what checkpoints say of a frozen base, which they do not hold.
+    """
+    trainable, frozen = collections
+    program, abstract, start = sft_program(config, sft, module, collections, mesh)
+    packs = pack(examples, sft.max_length, config.seed)
+    rows = row_sharding(mesh)
 
     def batch(step: int) -> SftBatch:
         draws = step * sft.batch_size + np.arange(sft.batch_size)
@@ -182,11 +218,14 @@ def fine_tune(
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, terminal.warn) as checkpoints:
         restored = checkpoints.restore(abstract)
         first = restored[2] if restored else 0
-        state = restored[0] if restored else jax.jit(make, out_shardings=layout)(params)
+        if restored:
+            check_base(restored[1], about, workdir, config.model.path)
+        state = restored[0] if restored else start(trainable)
         if first == sft.steps:
-            return state.params
+            return state.trainable
+        frozen = jax.device_put(frozen, shardings(frozen, mesh))
         with terminal.compiling(name):
-            compiled = program.lower(abstract, batch(first)).compile()
+            compiled = functools.partial(program.lower(frozen, abstract, batch(first)).compile(), frozen)
         fetch = Fetcher()
         with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
 
@@ -195,10 +234,10 @@ def fine_tune(
                 writer.step(done, line)
                 terminal.step(done, sft.steps, line)
 
-            loop = Loop(sft.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop)
+            loop = Loop(sft.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop, about=about)
             state = loop.run(state, first)
         terminal.end_steps()
-        return state.params
+        return state.trainable
 
 
 def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
@@ -221,16 +260,52 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
     terminal.say(f"{len(examples)} examples, {config.sft.batch_size} a step, {config.sft.steps} steps")
     with Stop(budget) as stop, terminal:
-        params = jax.device_put(model.params, shardings(model.params, mesh))
-        params = fine_tune(config, config.sft, module, params, examples, mesh, workdir, stop, terminal, "sft")
-    return save_model(workdir / "model", dataclasses.replace(model, tokenizer=tokenizer), jax.device_get(params))
+        collections = put_variables(config, model, mesh)
+        given = (collections, examples, mesh, workdir, stop, terminal, "sft", about_base(config, model))
+        trained = fit(config, config.sft, module, *given)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+    return save_trained(workdir, config, model, jax.device_get({**collections[1], **trained}))
+
+
+def put_variables(config: Config, model: LoadedModel, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) collections of a run on the mesh: all parameters, or adapters and the base."""
+    collections = split_variables(model.params, config.lora, config.seed, model.adapters)
+    trainable, frozen = jax.device_put(collections, shardings(collections, mesh))
+    return trainable, frozen
+
+
+def about_base(config: Config, model: LoadedModel) -> dict[str, int]:
+    """What a checkpoint of adapters says of the base that it does not hold."""
+    return {"base": fingerprint(model.params)} if config.lora.rank else {}
+
+
+def save_trained(workdir: pathlib.Path, config: Config, model: LoadedModel, variables: Mapping[str, Any]) -> str:
+    """Writes `model`, a Hugging Face folder, adapters merged, and with adapters `adapter` for PEFT beside it."""
+    if ADAPTERS not in variables:
+        return save_model(workdir / "model", model, variables["params"])
+    save_adapters(workdir / "adapter", config, model, variables)
+    return save_model(workdir / "model", model, merge(variables["params"], variables))
+
+
+def save_adapters(folder: pathlib.Path, config: Config, model: LoadedModel, variables: Mapping[str, Any]) -> str:
+    """Writes a PEFT folder that is there whole or not at all; a finished one is left as it is."""
+    base = config.model.path or model.source
+    while is_adapters(base):  # adapters that were trained on: PEFT wants the model below them
+        base = base_of(base)
+    return _written_whole(
+        folder, lambda making: write_adapters(making, model.architecture, variables, config.lora.alpha, base)
+    )
 
 
 def save_model(folder: pathlib.Path, model: LoadedModel, params: Any) -> str:
     """Writes a Hugging Face folder that is there whole or not at all; a finished one is left as it is."""
+    return _written_whole(folder, lambda making: write_folder(making, model.architecture, params, model.tokenizer))
+
+
+def _written_whole(folder: pathlib.Path, write: Callable[[str], None]) -> str:
     if not folder.is_dir():
         making = folder.with_name(f"{folder.name}.making")
         shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one
-        write_folder(str(making), model.architecture, params, model.tokenizer)
+        write(str(making))
         making.rename(folder)
     return str(folder)

@@ -8,16 +8,38 @@ import pytest
 from gguf_writer import LLAMA, f32, gguf_bytes, hf_weights, llama_tensors, tokenizer_metadata
 
 from grpo_jax.errors import InputError
-from grpo_jax.models.gguf import architecture_and_params, read_gguf
+from grpo_jax.models.gguf import TENSOR_TYPES, architecture_and_params, read_gguf
 
 
 def half(raw: bytes) -> float:
     return struct.unpack("<e", raw)[0]
 
 
+def q4_k(block: bytes, i: int) -> float:
+    """Number i: run i // 32, whose scale and least are six bits each, packed in the 12 bytes after the two halves."""
+    run, bits = i // 32, int.from_bytes(block[4:16], "little")
+
+    def six(kind: int) -> int:
+        if run < 4:
+            return bits >> 8 * (4 * kind + run) & 63
+        return (bits >> 8 * (8 + run - 4) + 4 * kind & 15) + 16 * (bits >> 8 * (4 * kind + run - 4) + 6 & 3)
+
+    byte = block[16 + 32 * (run // 2) + i % 32]
+    return half(block[:2]) * six(0) * (byte >> 4 if run % 2 else byte & 15) - half(block[2:4]) * six(1)
+
+
+def q6_k(block: bytes, i: int) -> float:
+    """Number i: its low four bits in the first 128 bytes, its high two in the next 64."""
+    part, place = divmod(i, 128)
+    low = block[64 * part + place % 64] >> (4 if place >= 64 else 0) & 15
+    high = block[128 + 32 * part + place % 32] >> 2 * (place // 32) & 3
+    (scale,) = struct.unpack("<b", block[192 + i // 16 : 193 + i // 16])
+    return half(block[208:]) * scale * (low + 16 * high - 32)
+
+
 def scalar_dequantise(kind: str, raw: bytes) -> list[float]:
     """Number by number, as ggml's reference functions describe each type."""
-    sizes = {"F32": 4, "F16": 2, "BF16": 2, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+    sizes = {"F32": 4, "F16": 2, "BF16": 2, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "Q4_K": 144, "Q6_K": 210}
     out: list[float] = []
     for at in range(0, len(raw), sizes[kind]):
         block = raw[at : at + sizes[kind]]
@@ -31,6 +53,10 @@ def scalar_dequantise(kind: str, raw: bytes) -> list[float]:
             out += [half(block[:2]) * struct.unpack("<b", block[2 + i : 3 + i])[0] for i in range(32)]
         elif kind == "Q4_0":
             out += [half(block[:2]) * ((block[2 + i % 16] >> (4 if i >= 16 else 0)) % 16 - 8) for i in range(32)]
+        elif kind == "Q4_K":
+            out += [q4_k(block, i) for i in range(256)]
+        elif kind == "Q6_K":
+            out += [q6_k(block, i) for i in range(256)]
         else:
             scale, least = half(block[:2]), half(block[2:4])
             out += [scale * ((block[4 + i % 16] >> (4 if i >= 16 else 0)) % 16) + least for i in range(32)]
@@ -43,21 +69,62 @@ def random_raw(kind: str, count: int) -> bytes:
     if kind in ("F32", "F16", "BF16"):
         single = draw.normal(size=count).astype("<f4")
         return {"F32": single, "F16": single.astype("<f2"), "BF16": single.view("<u2")[1::2]}[kind].tobytes()
+    if kind == "Q6_K":  # its scale stands last
+        return b"".join(draw.bytes(208) + draw.normal(size=1).astype("<f2").tobytes() for _ in range(count // 256))
+    if kind == "Q4_K":
+        return b"".join(draw.normal(size=2).astype("<f2").tobytes() + draw.bytes(140) for _ in range(count // 256))
     scales, packed = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}[kind]
     blocks = [draw.normal(size=scales).astype("<f2").tobytes() + draw.bytes(packed) for _ in range(count // 32)]
     return b"".join(blocks)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def ggml_sums(values: np.ndarray) -> list[float]:
+    """Four weighted sums, which no two numbers can change places in unseen."""
+    place = np.arange(values.size)
+    return [float(np.sum(values.astype(np.float64) * np.cos(place * k))) for k in (0, 1, 2, 3)]
+
+
+# For each type four sums of what gguf 0.19.0 makes of `random_raw`; renewed by printing `want` in the test below.
+GGML = {
+    "F32": [122.640047, -69.496153, -17.486797, -5.452046],
+    "F16": [122.630546, -69.473396, -17.510412, -5.456522],
+    "BF16": [22.82354, 102.212763, 70.080428, -5.563424],
+    "Q8_0": [-6293.768005, -3531.725766, 6495.250017, 5327.051403],
+    "Q4_0": [-1.644981, 70.193791, -146.598508, -193.329097],
+    "Q4_1": [3531.086418, -393.075596, 440.022548, 158.443209],
+    "Q4_K": [279274.080185, -7218.978854, 4315.712534, -8954.640944],
+    "Q6_K": [-97884.06134, 164134.68495, -32073.660848, 66664.376337],
+}
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [2, 3])
 def test_each_tensor_type_against_a_scalar_dequantiser(tmp_path, kind, version):
-    shape, raw = (3, 5, 64), random_raw(kind, 960)
+    shape, raw = (3, 5, 512), random_raw(kind, 7680)
     content, _ = gguf_bytes({"general.alignment": 32}, {"before": f32([1.0]), "t": (kind, shape, raw)}, version)
     (tmp_path / "a.gguf").write_bytes(content)
     tensor = read_gguf(str(tmp_path / "a.gguf")).tensor("t")
     assert tensor.dtype == np.float32 and tensor.shape == shape
     oracle = np.array(scalar_dequantise(kind, raw)).reshape(shape)
     np.testing.assert_allclose(tensor, oracle, rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_tensor_type_against_ggml(kind):
+    """The reference dequantisers of the project that the format comes from, where its package is installed."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf brings ggml's own dequantisers")
+    raw, code = np.frombuffer(random_raw(kind, 7680), np.uint8), getattr(gguf.GGMLQuantizationType, kind)
+    want = gguf.quants.dequantize(raw, code).ravel()
+    (type_,) = [t for t in TENSOR_TYPES.values() if t.name == kind]
+    np.testing.assert_allclose(type_.decode(raw.reshape(-1, type_.bytes)).ravel(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, digest", GGML.items())
+def test_each_tensor_type_against_stored_numbers_of_ggml(kind, digest):
+    (type_,) = [t for t in TENSOR_TYPES.values() if t.name == kind]
+    values = type_.decode(np.frombuffer(random_raw(kind, 7680), np.uint8).reshape(-1, type_.bytes)).ravel()
+    np.testing.assert_allclose(ggml_sums(values), digest, rtol=1e-5, atol=1e-5)
 
 
 def model_bytes(metadata: dict | None = None, weights: dict | None = None) -> tuple[bytes, int]:
@@ -155,7 +222,7 @@ def entry(name: str) -> int:
         (lambda: patched(entry("token_embd.weight"), "I", 9), "n_dimensions=9"),
         (lambda: patched(entry("token_embd.weight") + 12, "Q", 1 << 40), "is beyond the file"),
         (lambda: patched(entry("token_embd.weight") + 4, "Q", 0), "is empty"),
-        (lambda: patched(entry("token_embd.weight") + 20, "I", 14), "tensor type 14 is not one of F32, F16"),
+        (lambda: patched(entry("token_embd.weight") + 20, "I", 15), "tensor type 15 is not one of F32, F16"),
         (lambda: patched(entry("token_embd.weight") + 24, "Q", 1 << 50), "is beyond the file"),
         (lambda: patched(entry("output_norm.weight") + 16, "Q", 64), "lies inside"),
         (lambda: patched(entry("output_norm.weight") + 16, "Q", 7), "offset=7 is not a multiple"),

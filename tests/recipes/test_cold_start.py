@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import pathlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from grpo_jax.config import ColdStartConfig, Config, SftConfig, from_dict
+from grpo_jax.config import ColdStartConfig, Config, LoraConfig, SftConfig, from_dict
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import read_jsonl
 from grpo_jax.models.loading import load_model
+from grpo_jax.models.lora import split_variables
 from grpo_jax.parallel import make_mesh
-from grpo_jax.recipes import cold_start
+from grpo_jax.recipes import cold_start, grpo
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop, Stopped
 from grpo_jax.terminal import Terminal
@@ -54,9 +58,9 @@ class Start:
         self.asked.append((problems, samples, temperature, top_p))
         return RECORDS
 
-    def fine_tune(self, config, sft, module, params, examples, mesh, workdir, stop, terminal, name):
+    def fit(self, config, sft, module, collections, examples, mesh, workdir, stop, terminal, name, about):
         self.learned.append((sft, examples))
-        return jax.tree.map(lambda x: x + 1, params)
+        return jax.tree.map(lambda x: x + 1, collections[0])
 
     def run(self, workdir) -> str:
         with Stop(None) as stop:
@@ -71,7 +75,7 @@ def start(micro_base, monkeypatch) -> Start:
     config = dataclasses.replace(config, cold_start=ColdStartConfig(enabled=True, prompts=5, rows=48, sft=sft))
     made = Start(config, load_model(micro_base), make_mesh(config.mesh, jax.devices()[:1]))
     monkeypatch.setattr(Evaluator, "sample", lambda self, *given: made.sample(self, *given))
-    monkeypatch.setattr(cold_start, "fine_tune", made.fine_tune)
+    monkeypatch.setattr(cold_start, "fit", made.fit)
     monkeypatch.setattr(cold_start, "read_chats", lambda path, *_: read_jsonl(path))  # the base has no word for words
     return made
 
@@ -92,6 +96,26 @@ def test_the_shortest_right_sample_of_each_prompt_is_kept_in_the_answer_format(s
     assert all([m["role"] for m in messages] == ["user", "assistant"] for messages in kept.values())
     ((sft, examples),) = start.learned
     assert sft is start.config.cold_start.sft and len(examples) == 3
+
+
+def test_with_adapters_the_base_stays_and_grpo_goes_on_with_them(start, tmp_path):
+    """The folder is PEFT's; the run's model is the same base with the adapters that were learned."""
+    lora = LoraConfig(rank=2, alpha=4.0)
+    start.config = dataclasses.replace(start.config, lora=lora)
+    path = start.run(tmp_path)
+    assert {p.name for p in pathlib.Path(path).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    fresh = split_variables(start.model.params, lora, 0)[0]["adapters"]
+    rows = {"train": ROWS, "eval": []}
+    with Stop(None) as stop:
+        given = (rows, start.mesh, tmp_path, stop, Terminal())
+        model = grpo.starting_model(start.config, start.model, *given)  # pyright: ignore
+    assert model.params is start.model.params and model.adapters is not None
+    jax.tree.map(np.testing.assert_array_equal, model.adapters["adapters"], jax.tree.map(lambda x: x + 1, fresh))
+    parts = SimpleNamespace(config=start.config, mesh=start.mesh, optimizer=optax.sgd(1.0))
+    config = dataclasses.replace(start.config, objective=dataclasses.replace(start.config.objective, beta=0.1))
+    parts.config = config
+    state = grpo.initial_state(parts, model)  # pyright: ignore
+    jax.tree.map(np.testing.assert_array_equal, state.reference, state.trainable)
 
 
 def test_at_most_so_many_rows_are_kept(start, tmp_path):

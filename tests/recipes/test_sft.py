@@ -34,7 +34,9 @@ def loss_and_gradient():
     batch = sft.make_sft_batch(EXAMPLES, PACKS, 10)
 
     def program(params, batch):
-        (loss, means), gradient = jax.value_and_grad(lambda p: sft.sft_loss(module, p, batch), has_aux=True)(params)
+        (loss, means), gradient = jax.value_and_grad(
+            lambda p: sft.sft_loss(module, {"params": p}, batch), has_aux=True
+        )(params)
         return loss, means["sft/loss"], gradient
 
     return params, batch, jax.jit(program)
@@ -75,7 +77,7 @@ def test_an_untied_head_gets_gradient_from_learned_tokens_alone():
     module, params = Decoder(architecture), tiny.params(architecture)
     ids, mask = [5, 9, 4, 7, 2], [0, 0, 1, 0, 1]
     batch = sft.make_sft_batch([(ids, mask)], [[0]], 8)
-    gradient = jax.jit(jax.grad(lambda p: sft.sft_loss(module, p, batch)[0]))(params)["head"]["kernel"]
+    gradient = jax.jit(jax.grad(lambda p: sft.sft_loss(module, {"params": p}, batch)[0]))(params)["head"]["kernel"]
     place = np.arange(5)
     whole = numpy_decoder._float64(params)
     hidden = numpy_decoder.forward(
