@@ -116,13 +116,12 @@ def init_state(
     With `base_is_reference` it is the frozen collections alone, as long as it is never refreshed: adapters whose B is
     zero add nothing.
     """
-    objective = parts.config.objective
-    nothing = base_is_reference and objective.reference_every == 0
+    nothing = base_is_reference and refresh_interval(parts.config) == 0
 
     def make(variables: Any, frozen: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         copy = {} if nothing else jax.tree.map(jnp.copy, variables)
-        reference = copy if objective.beta > 0 else None
+        reference = copy if parts.config.objective.beta > 0 else None
         return TrainState(zero, zero, zero, zero, zero, variables, frozen, reference, parts.optimizer.init(variables))
 
     frozen = frozen or {}
@@ -425,14 +424,17 @@ def minibatch_gradient(
 
 def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
     """The reference becomes the policy after every `reference_every` steps, or at the end of an outer iteration."""
-    o = parts.config.objective
-    every = o.reference_every
-    if o.outer_iterations > 1:
-        every = parts.config.train.steps // o.outer_iterations
+    every = refresh_interval(parts.config)
     if state.reference is None or every == 0:
         return state
     due = state.step % every == 0
     return state.replace(reference=jax.tree.map(lambda n, o: jnp.where(due, n, o), state.trainable, state.reference))
+
+
+def refresh_interval(config: Config) -> int:
+    """Steps after which the reference becomes the policy; 0: never."""
+    outer = config.objective.outer_iterations
+    return config.train.steps // outer if outer > 1 else config.objective.reference_every
 
 
 def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
