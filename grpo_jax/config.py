@@ -144,12 +144,33 @@ class SamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodeConfig:
+    """The reward `code`: where programs run, what they may use, how tests count."""
+
+    sandbox: str = option(
+        "bubblewrap",
+        "where programs run: namespaces of their own (Linux, `bwrap`), or pydantic-monty's part of Python",
+        ("bubblewrap", "monty"),
+    )
+    score: str = option("all", "1 only where all tests pass, or the share that does", ("all", "share"))
+    seconds: float = option(
+        5.0, "CPU seconds of a run (a test of a program, all tests of a function); twice that by the clock"
+    )
+    memory_mb: int = option(512, "MiB of address space of a run; 64 hold the interpreter")
+    threads: int = option(16, "threads of a run; it may not start processes")
+    files_mb: int = option(0, "MiB that a run may write below /tmp; 0: nothing")
+    output_kb: int = option(256, "KiB that a run may print; more ends it")
+    parallel: int = option(0, "completions judged at once; 0: one a core")
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What a completion earns: the weighted sum of its components."""
 
     names: tuple[str, ...] = option(("answer", "format"), "components: names from REWARDS, or 'module:function'")
     weights: tuple[float, ...] = option((1.0, 0.2), "one weight a component")
     timeout: float = option(60.0, "seconds that one call of a host reward may take")
+    code: CodeConfig = option(CodeConfig(), "of the reward 'code'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,6 +575,12 @@ def validate(config: Config, source: str = "config") -> None:
     require(0 <= c.base.right_share <= 1, "base.right_share", "must lie between 0 and 1")
     for name in ("optim.b1", "optim.b2"):
         require(0 <= value_of(c, name) < 1, name, "must be at least 0 and below 1")
+    for name in ("rewards.code.seconds", "rewards.code.output_kb"):
+        require(value_of(c, name) > 0, name, "must be positive")
+    for name in ("rewards.code.files_mb", "rewards.code.parallel"):
+        require(value_of(c, name) >= 0, name, "must not be negative")
+    require(c.rewards.code.memory_mb >= 64, "rewards.code.memory_mb", "must be at least 64: the interpreter takes it")
+    require(2 <= c.rewards.code.threads <= 1000, "rewards.code.threads", "must lie between 2 and 1000")
     require(len(c.rewards.names) > 0, "rewards.names", "is empty: name at least one reward")
     require(
         len(c.rewards.weights) == len(c.rewards.names),

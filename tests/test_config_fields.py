@@ -25,7 +25,7 @@ import pytest
 import tiny
 
 from grpo_jax import cli, metrics
-from grpo_jax.config import Config, LogConfig, OptimConfig, field_names, parse_duration, value_of
+from grpo_jax.config import CodeConfig, Config, LogConfig, OptimConfig, field_names, parse_duration, value_of
 from grpo_jax.data.arithmetic import worked_sums
 from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
@@ -42,6 +42,8 @@ from grpo_jax.recipes import base, cold_start, grpo, sft
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
+from grpo_jax.rewards import code
+from grpo_jax.rewards.sandbox import Limits, Outcome
 from grpo_jax.sampler.draw import draw_tokens
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.sampler.types import Rollout, Scores
@@ -749,6 +751,76 @@ def test_reward_timeout(model):
         host.call(np.array([0]), np.zeros((1, 2), np.int32), np.array([1]))
         error = host.take_error()
         assert (error is not None) == fails and (not fails or "rewards.timeout=0.1" in str(error))
+
+
+def judged(program: str, tests: dict, **fields) -> tuple[float, float]:
+    """The score of a program with the option of `rewards.code` at its default, and changed; skips where none runs."""
+    scores = []
+    for changed in ({}, fields):
+        given = {"seconds": 3.0, "memory_mb": 256} | changed
+        try:
+            scores += code.code_reward(CodeConfig(**given), [{"tests": tests}])(completions=[program], tests=[tests])
+        except InputError as error:
+            pytest.skip(str(error))
+    return tuple(scores)
+
+
+ONE = {"inputs": ["3\n"], "outputs": ["3"]}
+
+
+@flips(
+    "rewards.code.score",
+    "rewards.code.seconds",
+    "rewards.code.memory_mb",
+    "rewards.code.threads",
+    "rewards.code.files_mb",
+    "rewards.code.output_kb",
+)
+def test_code_limits(name):
+    both = {"inputs": ["3\n", "4\n"], "outputs": ["3", "3"]}
+    threads = "import threading, time\nfor _ in range(9): threading.Thread(target=time.sleep, args=(1,)).start()\n"
+    spin = "import time\nwhile time.process_time() < 1.5: pass\n"
+    cases = {
+        "score": ("share", "print(3)", both, (0.0, 0.5)),
+        "seconds": (1.0, f"{spin}print(3)", ONE, (1.0, 0.0)),
+        "memory_mb": (64, "x = bytearray(64 << 20)\nprint(3)", ONE, (1.0, 0.0)),
+        "threads": (4, f"{threads}print(3)", ONE, (1.0, 0.0)),
+        "files_mb": (1, "open('/tmp/x', 'w').write('x')\nprint(3)", ONE, (0.0, 1.0)),
+        "output_kb": (1, "print(3, ' ' * 2000)", ONE, (1.0, 0.0)),
+    }
+    leaf = name.removeprefix("rewards.code.")
+    value, program, tests, wanted = cases[leaf]
+    assert judged(program, tests, **{leaf: value}) == wanted
+
+
+@flips("rewards.code.sandbox")
+def test_code_sandbox():
+    pytest.importorskip("pydantic_monty", reason="pydantic-monty is not installed")
+    # Its part of Python has no such module.
+    assert judged("import ctypes\nprint(3)", ONE, sandbox="monty") == (1.0, 0.0)
+
+
+class Crowd:
+    """A place to run programs that counts how many are there at once."""
+
+    def __init__(self):
+        self.here, self.most = [], 0
+
+    def run(self, *_):
+        self.here.append(1)
+        time.sleep(0.05)
+        self.most = max(self.most, len(self.here))
+        self.here.pop()
+        return Outcome("", b"3", b"")
+
+
+@flips("rewards.code.parallel")
+def test_code_parallel():
+    for parallel in (1, 2):
+        place = Crowd()
+        made = code.CodeReward(CodeConfig(parallel=parallel), place, Limits(1.0, 1, 1, 0, 1))
+        assert made(completions=["print(3)"] * 4, tests=[ONE] * 4) == [1.0] * 4
+        assert place.most == parallel
 
 
 # objective

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from grpo_jax.config import RewardsConfig
 from grpo_jax.errors import InputError
 from grpo_jax.rewards import host as host_rewards
+from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.host import HostRewards
 from grpo_jax.rewards.texts import expected_text, last_number
 from grpo_jax.rewards.verifiers import NEED_ANSWER, REWARDS, ByteTable, byte_table, completion_bytes
@@ -130,6 +131,8 @@ def build_scorer(
     for name in config.names:
         if name in callables:
             functions[name] = callables[name]
+        elif name == "code":
+            functions[name] = code_reward(config.code, rows)
         elif name not in REWARDS:
             functions[name] = load_function(name, tuple(callables))
     for name, function in functions.items():
@@ -150,7 +153,7 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable[..., Any]:
     where = f"rewards.names={name!r}"
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        names = [*REWARDS, *known]
+        names = [*REWARDS, "code", *known]
         raise InputError(f"{where} is not one of {', '.join(names)}, nor 'module:function'{_nearest(name, names)}")
     try:
         module = importlib.import_module(module_name)

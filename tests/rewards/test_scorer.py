@@ -179,7 +179,7 @@ def test_load_function_finds_and_refuses(tmp_path, monkeypatch):
         "my_rewards_file:": "has no ''",
         "no_such_module_here:f": "no module 'no_such_module_here'",
         "broken_rewards_file:f": "importing 'broken_rewards_file' raised ZeroDivisionError",
-        "formta": "is not one of answer, format, answer_format, number, nor 'module:function'; did you mean 'format'?",
+        "formta": "answer_format, number, code, nor 'module:function'; did you mean 'format'?",
         ":f": "Empty module name",
     }
     for name, message in refused.items():
