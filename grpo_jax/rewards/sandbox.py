@@ -34,6 +34,11 @@ from grpo_jax.errors import InputError
 INSTALL = "apt install bubblewrap (dnf, pacman, zypper: the same name)"
 HOME = "/python"  # where the interpreter stands inside
 COMPILERS = {"c": ("gcc", "-O2", "-x", "c"), "cpp": ("g++", "-O2", "-std=c++17", "-x", "c++")}
+# What a compiled program may need of libraries is what these need.
+TRIALS = {
+    "c": b'#include <math.h>\n#include <stdio.h>\nint main() { double x; scanf("%lf", &x); return sin(x) > 1; }',
+    "cpp": b"#include <iostream>\n#include <cmath>\nint main() { double x; std::cin >> x; return std::sin(x) > 1; }",
+}
 # A compiler starts processes and writes files; neither is run by what it reads.
 BUILD_SECONDS, BUILD_MEMORY, BUILD_FILES, BUILD_THREADS, BUILD_OUTPUT = 20.0, 1 << 30, 1 << 26, 16, 1 << 25
 # User ids that runs take when root starts them: the limit on threads is counted by user id, and not for root.
@@ -222,7 +227,7 @@ class Bubblewrap:
             "files": found["write"] == "EROFS" and set(found["root"]) <= ROOTS,
             "memory": found["memory"] == "MemoryError",
             "threads": 0 <= found["threads"] <= limits.threads,
-            "privileges": found["uid"] != 0 and found["capabilities"] == "EPERM",
+            "privileges": found["uid"] != 0 and found["capabilities"] in ("EPERM", "EINVAL"),
         }
         return [f"{name}: not limited ({found})" for name, holds in wanted.items() if not holds]
 
@@ -387,7 +392,7 @@ def with_compiler(sandbox: Bubblewrap, language: str, limits: Limits) -> Bubblew
     binds += [word for place in places if os.path.isdir(place) for word in ("--ro-bind", place, place)]
     path = ("--setenv", "PATH", f"{prefix}/bin:/usr/bin")
     made = dataclasses.replace(sandbox, compilers={**sandbox.compilers, language: (*binds, *path)})
-    done = made.build(b"int main() { return 0; }", language, limits)
+    done = made.build(TRIALS[language], language, limits)
     if done.problem:
         raise InputError(
             f"rewards.code: {name} does not work in the sandbox: {done.errors.decode(errors='replace')[-200:]!r}"

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -183,7 +184,7 @@ def test_c_and_cpp_are_compiled_and_run(reward, language, source, tmp_path):
     if shutil.which(sandbox.COMPILERS[language][0]) is None:
         pytest.skip(f"no {sandbox.COMPILERS[language][0]} here")
     tests = {**ADD, "language": language}
-    made = reward([{"tests": tests}], score="share")
+    made = reward([{"tests": tests}], score="all", seconds=2.0)
     (tmp_path / "secret").write_text("int secret = 1;")
     texts = [
         fenced(source, language),
@@ -233,28 +234,38 @@ def test_a_place_that_does_not_isolate_is_refused(monkeypatch, tmp_path):
         bubblewrap.__wrapped__(frozenset(), Limits(5.0, 512 << 20, 16, 0, 1 << 18))
 
 
-def test_an_ordinary_user_needs_no_rights(tmp_path):
+@pytest.fixture
+def open_folder():
+    """A folder that every user may read, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield pathlib.Path(folder)
+
+
+def test_an_ordinary_user_needs_no_rights(open_folder):
     """The way without root: a user namespace. Run as root here, the test becomes nobody first."""
     python = next((p for p in ("/usr/bin/python3", sys._base_executable) if os.path.exists(p)), "")
     version = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
-    if version.stdout.split() < ["3", "11"]:
+    if tuple(map(int, version.stdout.split())) < (3, 11):
         pytest.skip(f"no interpreter of 3.11 that every user may start ({python})")
-    folder = tmp_path / "grpo_jax"
+    folder = open_folder / "grpo_jax"
     (folder / "rewards").mkdir(parents=True)
     package = pathlib.Path(sandbox.__file__).parents[1]
     for name in ("errors.py", "rewards/sandbox.py", "rewards/inside.py"):
         shutil.copy(package / name, folder / name)
-    (tmp_path / "try.py").write_text(
+    (open_folder / "try.py").write_text(
         "from grpo_jax.rewards.sandbox import Limits, bubblewrap\n"
         "limits = Limits(5.0, 512 << 20, 8, 0, 1 << 16)\n"
         "print(bubblewrap(frozenset(), limits).run(b'print(input())', b'hello', limits))\n"
     )
-    for path in (tmp_path, *tmp_path.parents):
-        if not os.stat(path).st_mode & stat.S_IXOTH and os.geteuid() == 0:
-            os.chmod(path, os.stat(path).st_mode | stat.S_IXOTH) if path.is_relative_to("/tmp") else None
     given = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     done = subprocess.run(
-        [python, "-B", str(tmp_path / "try.py")], capture_output=True, text=True, cwd=tmp_path, timeout=300, **given
+        [python, "-B", str(open_folder / "try.py")],
+        capture_output=True,
+        text=True,
+        cwd=open_folder,
+        timeout=300,
+        **given,
     )
     if "does not isolate" in done.stderr or "not installed" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
