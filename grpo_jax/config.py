@@ -158,7 +158,7 @@ class CodeConfig:
     )
     memory_mb: int = option(512, "MiB of address space of a run; 64 hold the interpreter")
     threads: int = option(16, "threads of a run; it may not start processes")
-    files_mb: int = option(0, "MiB that a run may write below /tmp; 0: nothing")
+    files_mb: int = option(0, "MiB that a run may write below /scratch; 0: nothing")
     output_kb: int = option(256, "KiB that a run may print; more ends it")
     parallel: int = option(0, "completions judged at once; 0: one a core")
 

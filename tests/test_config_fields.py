@@ -785,7 +785,7 @@ def test_code_limits(name):
         "seconds": (1.0, f"{spin}print(3)", ONE, (1.0, 0.0)),
         "memory_mb": (64, "x = bytearray(64 << 20)\nprint(3)", ONE, (1.0, 0.0)),
         "threads": (4, f"{threads}print(3)", ONE, (1.0, 0.0)),
-        "files_mb": (1, "open('/tmp/x', 'w').write('x')\nprint(3)", ONE, (0.0, 1.0)),
+        "files_mb": (1, "open('/scratch/x', 'w').write('x')\nprint(3)", ONE, (0.0, 1.0)),
         "output_kb": (1, "print(3, ' ' * 2000)", ONE, (1.0, 0.0)),
     }
     leaf = name.removeprefix("rewards.code.")

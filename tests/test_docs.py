@@ -20,6 +20,7 @@ PAGES = (
     "CHANGELOG.md",
     "docs/adapters.md",
     "docs/architecture.md",
+    "docs/code_rewards.md",
     "docs/extending.md",
     "docs/index.md",
     "docs/objectives.md",

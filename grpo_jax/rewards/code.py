@@ -173,7 +173,7 @@ def read_tests(value: Any, where: str) -> Tests | None:
         raise InputError(f"{where} has language={value['language']!r}, not one of {', '.join(sorted(set(LANGUAGES)))}")
     if not (function or code) or (code is None):
         return _tests_of_values(value, where, str(function), language, str(setup))
-    statements = [code] if isinstance(code, str) else list(code)
+    statements = list(code) if isinstance(code, list | tuple) else [code]
     if not function or not statements or not all(isinstance(item, str) for item in statements):
         raise InputError(f"{where} has 'code' but no 'function' or no text of it: give {FORMS}")
     given = {"function": function, "setup": setup, "statements": statements}
@@ -182,17 +182,18 @@ def read_tests(value: Any, where: str) -> Tests | None:
 
 def _tests_of_values(value: Mapping[str, Any], where: str, function: str, language: str, setup: str) -> Tests:
     inputs, outputs = value.get("inputs"), value.get("outputs")
-    lists = isinstance(inputs, Sequence) and isinstance(outputs, Sequence)
-    if not lists or len(inputs) != len(outputs) or not len(inputs):
+    if not isinstance(inputs, list | tuple) or not isinstance(outputs, list | tuple) or len(inputs) != len(outputs):
+        inputs, outputs = (), ()
+    if not inputs:
         raise InputError(f"{where} has no 'inputs' and 'outputs' of one length: give {FORMS}")
     if function:
-        if not all(isinstance(args, Sequence) and not isinstance(args, str) for args in inputs):
+        if not all(isinstance(args, list | tuple) for args in inputs):
             raise InputError(f"{where}: each of 'inputs' must be a list of arguments of {function!r}")
         given = {"function": function, "calls": [list(pair) for pair in zip(inputs, outputs, strict=True)]}
         return Tests("python", (), function, json.dumps(given).encode(), len(inputs), setup)
     if not all(isinstance(text, str) for text in [*inputs, *outputs]):
         raise InputError(f"{where}: 'inputs' and 'outputs' of a program must be texts; give 'function' for values")
-    pairs = tuple((given.encode(), expected) for given, expected in zip(inputs, outputs, strict=True))
+    pairs = tuple((given.encode(errors="replace"), expected) for given, expected in zip(inputs, outputs, strict=True))
     return Tests(language, pairs, "", b"", len(pairs), setup)
 
 

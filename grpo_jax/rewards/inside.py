@@ -63,7 +63,8 @@ def run_as_main() -> dict[str, Any]:
         source = file.read()
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # what `site` adds, which is not there
+    for name in ("exit", "quit"):  # what `site` adds, which is not there
+        setattr(builtins, name, sys.exit)
     exec(compile(source, PROGRAM, "exec"), module.__dict__)
     return module.__dict__
 
@@ -172,7 +173,7 @@ def check(settings: dict[str, Any]) -> None:
                 raise RuntimeError("no reply" if len(line) < LINE else "too long a reply")
             reply = json.loads(line)
             if "error" in reply:
-                kind = getattr(builtins, str(reply["error"]), None)
+                kind: Any = getattr(builtins, str(reply["error"]), None)
                 known = isinstance(kind, type) and issubclass(kind, Exception)
                 raise kind(f"in {name}") if known else RuntimeError(f"{str(reply['error'])[:WHY]} in {name}")
             return decode(reply["value"])
@@ -228,7 +229,7 @@ def statements(tests: dict[str, Any], remote: Callable[[str], Callable[..., Any]
 
 def build(settings: dict[str, Any]) -> None:
     """Compiles the program and writes what comes out to descriptor 1; the compiler's words to 2."""
-    made = "/tmp/made"
+    made = "/scratch/made"
     done = subprocess.run([*settings["compiler"], "-o", made, PROGRAM, "-lm"], stdin=subprocess.DEVNULL, stdout=2)
     if done.returncode:
         sys.exit(1)

@@ -32,7 +32,7 @@ from typing import IO, Any
 from grpo_jax.errors import InputError
 
 INSTALL = "apt install bubblewrap (dnf, pacman, zypper: the same name)"
-HOME = "/python"  # where the interpreter stands inside
+HOME, SCRATCH = "/python", "/scratch"  # inside: where the interpreter stands, and where a run may write
 COMPILERS = {"c": ("gcc", "-O2", "-x", "c"), "cpp": ("g++", "-O2", "-std=c++17", "-x", "c++")}
 # What a compiled program may need of libraries is what these need.
 TRIALS = {
@@ -113,7 +113,7 @@ class Limits:
       seconds: CPU time; the clock on the wall may show twice that and a second, for machines under load.
       memory: bytes of address space.
       threads: threads at once.
-      files: bytes that may be written below /tmp, its only writable folder; 0: none, and no folder.
+      files: bytes that may be written below /scratch, its only writable folder; 0: none, and no folder.
       output: bytes of each of stdout and stderr.
     """
 
@@ -179,7 +179,7 @@ class Bubblewrap:
         from_tests, to_program = os.pipe()
         with contextlib.ExitStack() as stack:
             try:
-                joined = {"stdin": from_tests, "stdout": to_tests, "stderr": subprocess.DEVNULL}
+                joined: dict[str, Any] = {"stdin": from_tests, "stdout": to_tests, "stderr": subprocess.DEVNULL}
                 server = self._start("serve", self.python, {"/program": program}, limits, **joined)
                 stack.enter_context(ended(server))
                 joined = {"stdin": from_program, "stdout": to_program}
@@ -249,7 +249,7 @@ class Bubblewrap:
         settings |= {"memory": limits.memory, "threads": limits.threads}
         command = [self.bwrap, *NAMESPACES, *(AS_ROOT if root else AS_USER), *seen, *DEVICES]
         if limits.files:
-            command += ["--perms", "1777", "--size", str(limits.files), "--tmpfs", "/tmp"]
+            command += ["--perms", "1777", "--size", str(limits.files), "--tmpfs", SCRATCH, "--setenv", "TMPDIR", SCRATCH]
         descriptors = []
         inside = pathlib.Path(__file__).with_name("inside.py").read_bytes()
         try:
@@ -406,7 +406,8 @@ def with_compiler(sandbox: Bubblewrap, language: str, limits: Limits) -> Bubblew
 
 def interpreter() -> tuple[str, ...]:
     """Arguments that put this Python's executable, standard library and shared libraries inside, and no packages."""
-    executable, library = os.path.realpath(sys._base_executable), sysconfig.get_path("stdlib")
+    executable = os.path.realpath(sys._base_executable)  # pyright: ignore[reportAttributeAccessIssue]
+    library = sysconfig.get_path("stdlib")
     modules = glob.glob(f"{library}/lib-dynload/*.so")
     needed = [module for module in modules if not os.path.basename(module).startswith(("_tkinter", "_test", "nis"))]
     target = f"{HOME}/{sys.platlibdir}/python{sys.version_info[0]}.{sys.version_info[1]}"

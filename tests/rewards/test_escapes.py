@@ -107,22 +107,22 @@ READS = {
 }
 WRITES = {
     "file in /": "open('/x', 'w').write('x')\nprint('ESCAPED')",
-    "file in /tmp": "open('/tmp/x', 'w').write('x')\nprint('ESCAPED')",
+    "file in /scratch": "open('/scratch/x', 'w').write('x')\nprint('ESCAPED')",
     "file in the interpreter": "open('/python/lib/x', 'w').write('x')\nprint('ESCAPED')",
     "the launcher": "open('/inside.py', 'w').write('x')\nprint('ESCAPED')",
     "another input": "import os\nos.lseek(0, 0, 0)\nos.write(0, b'x')\nprint('ESCAPED')",
 }
 WITH_FILES = {
-    "symlink to the secret": "import os\nos.symlink('{secret}', '/tmp/link')\nprint('ESCAPED' if open('/tmp/link').read() else '')",
-    "hard link to the launcher": "import os\nos.link('/inside.py', '/tmp/link')\nprint('ESCAPED')",
-    "one large file": "open('/tmp/x', 'w').write('x' * (2 << 20))\nprint('ESCAPED')",
-    "one sparse file": "import os\nos.truncate(os.open('/tmp/x', os.O_CREAT | os.O_RDWR), 1 << 40)\nprint('ESCAPED')",
+    "symlink to the secret": "import os\nos.symlink('{secret}', '/scratch/link')\nprint('ESCAPED' if open('/scratch/link').read() else '')",
+    "hard link to the launcher": "import os\nos.link('/inside.py', '/scratch/link')\nprint('ESCAPED')",
+    "one large file": "open('/scratch/x', 'w').write('x' * (2 << 20))\nprint('ESCAPED')",
+    "one sparse file": "import os\nos.truncate(os.open('/scratch/x', os.O_CREAT | os.O_RDWR), 1 << 40)\nprint('ESCAPED')",
     "many files": (
-        "for n in range(64):\n    with open(f'/tmp/{n}', 'w') as f: f.write('x' * (1 << 16))\nprint('ESCAPED')"
+        "for n in range(64):\n    with open(f'/scratch/{n}', 'w') as f: f.write('x' * (1 << 16))\nprint('ESCAPED')"
     ),
     "set-user-id file": (
-        "import os, shutil\nshutil.copy('/python/bin/python3', '/tmp/p')\nos.chmod('/tmp/p', 0o6777)\n"
-        "os.execv('/tmp/p', ['p', '-c', 'import os; os.setuid(0); print(chr(69) + \"SCAPED\")'])"
+        "import os, shutil\nshutil.copy('/python/bin/python3', '/scratch/p')\nos.chmod('/scratch/p', 0o6777)\n"
+        "os.execv('/scratch/p', ['p', '-c', 'import os; os.setuid(0); print(chr(69) + \"SCAPED\")'])"
     ),
 }
 NETWORK = {
@@ -318,7 +318,7 @@ def test_the_attempts_would_be_seen(sandbox):
     assert sandbox.run(b"import sys; print(sys.stdin.read())", b"an input", LIMITS).output == b"an input\n"
     right = sandbox.call(b"def f(x): return x + 1", b'{"function": "f", "calls": [[[1], 2]]}', LIMITS)
     assert right == ([""], "")
-    enough = "x = bytearray(64 << 20)\nopen('/tmp/x', 'w').write('x' * (1 << 19))\nprint('ESCAPED')"
+    enough = "x = bytearray(64 << 20)\nopen('/scratch/x', 'w').write('x' * (1 << 19))\nprint('ESCAPED')"
     assert sandbox.run(enough.encode(), b"", WRITABLE).output == b"ESCAPED\n"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(sandbox.run, b"import time; time.sleep(60)", b"", SHORT)
