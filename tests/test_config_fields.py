@@ -761,6 +761,8 @@ def judged(program: str, tests: dict, **fields) -> tuple[float, float]:
         try:
             scores += code.code_reward(CodeConfig(**given), [{"tests": tests}])(completions=[program], tests=[tests])
         except InputError as error:
+            if changed:  # the default works here, so this is no lack of the machine's
+                raise
             pytest.skip(str(error))
     return tuple(scores)
 
@@ -777,7 +779,7 @@ ONE = {"inputs": ["3\n"], "outputs": ["3"]}
     "rewards.code.output_kb",
 )
 def test_code_limits(name):
-    both = {"inputs": ["3\n", "4\n"], "outputs": ["3", "3"]}
+    both = {"inputs": ["3\n", "4\n"], "outputs": ["3", "4"]}
     threads = "import threading, time\nfor _ in range(9): threading.Thread(target=time.sleep, args=(1,)).start()\n"
     spin = "import time\nwhile time.process_time() < 1.5: pass\n"
     cases = {

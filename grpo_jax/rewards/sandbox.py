@@ -224,7 +224,7 @@ class Bubblewrap:
         wanted = {
             "network": found["connect"] == "EPERM",
             "processes": found["fork"] == "EPERM",
-            "files": found["write"] == "EROFS" and set(found["root"]) <= ROOTS,
+            "files": found["write"] == "EROFS" and set(found["root"]) <= ROOTS | {SCRATCH[1:]},
             "memory": found["memory"] == "MemoryError",
             "threads": 0 <= found["threads"] <= limits.threads,
             "privileges": found["uid"] != 0 and found["capabilities"] in ("EPERM", "EINVAL"),
@@ -249,7 +249,8 @@ class Bubblewrap:
         settings |= {"memory": limits.memory, "threads": limits.threads}
         command = [self.bwrap, *NAMESPACES, *(AS_ROOT if root else AS_USER), *seen, *DEVICES]
         if limits.files:
-            command += ["--perms", "1777", "--size", str(limits.files), "--tmpfs", SCRATCH, "--setenv", "TMPDIR", SCRATCH]
+            command += ["--perms", "1777", "--size", str(limits.files), "--tmpfs", SCRATCH]
+            command += ["--setenv", "TMPDIR", SCRATCH]
         descriptors = []
         inside = pathlib.Path(__file__).with_name("inside.py").read_bytes()
         try:
