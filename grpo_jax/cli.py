@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import functools
 import importlib.metadata
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from absl import flags
@@ -45,16 +46,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str, configs.Config]:
     """Name and config from `--config NAME` and `--config.field=value`; raises InputError naming the nearest field."""
-    given: list[str] = []
-    for item in overrides:
-        if item.startswith("--config"):
-            given.append(item)
-        else:
-            given[-1] += f"={item}"
-    if "--config" in given:
-        raise InputError("--config: has no value; write --config NAME or --config FILE.py")
-    names = [item.split("=", 1)[1] for item in given if item.startswith("--config=")]
-    path = configs.config_file(names[-1] if names else default)
+    given = _joined(overrides)
+    path = _config_path(overrides, default)
     known = set(configs.field_names())
     fields = [item for item in given if item.startswith("--config.")]
     for item in fields:
@@ -72,6 +65,26 @@ def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str,
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"--config: {error}") from error
     return path.stem, configs.from_dict(holder.config, str(path))
+
+
+def _joined(overrides: list[str]) -> list[str]:
+    """The arguments that start with --config, each with its value behind an equals sign."""
+    given: list[str] = []
+    for item in overrides:
+        if item.startswith("--config"):
+            given.append(item)
+        else:
+            given[-1] += f"={item}"
+    return given
+
+
+def _config_path(overrides: list[str], default: str = "arithmetic") -> pathlib.Path:
+    """The file that `--config NAME` names; the last one counts."""
+    given = _joined(overrides)
+    if "--config" in given:
+        raise InputError("--config: has no value; write --config NAME or --config FILE.py")
+    names = [item.split("=", 1)[1] for item in given if item.startswith("--config=")]
+    return configs.config_file(names[-1] if names else default)
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,10 +131,14 @@ def parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", run_train, "train by GRPO; the same command again goes on where it stopped"),
         ("sft", run_sft, "fine-tune model.path on a JSONL file of chats (sft.path)"),
+        ("dpo", run_dpo, "train model.path on a JSONL file of preferences (dpo.path)"),
+        ("sweep", run_sweep, "train the configs of a sweep, all seeds of each in one program"),
     ):
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
         made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
+        if name == "sweep":
+            made.add_argument("--only", default="", help="names of the configs to train, with commas; the others wait")
         if name == "train":
             made.add_argument(
                 "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
@@ -163,24 +180,45 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     _set_up_jax(config)
     from grpo_jax.recipes.grpo import run
-    from grpo_jax.recipes.loop import Stopped
 
-    try:
-        run(config, workdir)
-    except Stopped as stopped:
-        print(f"{stopped}. Run the same command again to go on.")
-    return 0
+    return _until_stopped(run, config, workdir)
 
 
 def run_sft(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax sft`."""
     name, config = _config(options, overrides)
     _set_up_jax(config)
-    from grpo_jax.recipes.loop import Stopped
     from grpo_jax.recipes.sft import run
 
+    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_sft"))
+
+
+def run_dpo(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax dpo`."""
+    name, config = _config(options, overrides)
+    _set_up_jax(config)
+    from grpo_jax.recipes.dpo import run
+
+    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_dpo"))
+
+
+def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax sweep`."""
+    name, config = _config(options, overrides)
+    _set_up_jax(config)
+    from grpo_jax.recipes.sweep import chosen_configs, read_sweep, run
+
+    sweep = read_sweep(_config_path(overrides), config)
+    only = tuple(options.only.split(",")) if options.only else ()
+    workdir = pathlib.Path(options.workdir or f"runs/{name}")
+    return _until_stopped(functools.partial(run, sweep=chosen_configs(sweep, only)), config, workdir)
+
+
+def _until_stopped(run: Callable[..., Any], config: configs.Config, workdir: pathlib.Path) -> int:
+    from grpo_jax.recipes.loop import Stopped
+
     try:
-        run(config, pathlib.Path(options.workdir or f"runs/{name}_sft"))
+        run(config, workdir)
     except Stopped as stopped:
         print(f"{stopped}. Run the same command again to go on.")
     return 0

@@ -80,6 +80,20 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation on pairs of answers; the reference is the model at the start."""
+
+    path: str = option("", "JSONL file of preferences: {'prompt', 'chosen', 'rejected'}, texts or lists of messages")
+    steps: int = option(100, "optimizer steps")
+    batch_size: int = option(8, "pairs a step")
+    max_length: int = option(512, "tokens of a prompt and an answer; a longer row is an error")
+    lr: float = option(1e-6, "peak learning rate (cosine to a tenth, after a warm-up of a twentieth)")
+    beta: float = option(0.1, "how much the implicit reward counts; larger keeps closer to the reference")
+    loss_type: str = option("sigmoid", "loss of a pair", ("sigmoid", "ipo"))
+    label_smoothing: float = option(0.0, "sigmoid: chance that a preference is the wrong way round, below 0.5")
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """The base model that a run makes itself when `model.path` is empty."""
 
@@ -123,6 +137,11 @@ class DataConfig:
     answer_marker: str = option("", "the answer is what follows this mark in its column ('####' for GSM8K); empty: all")
     max_prompt_length: int = option(16, "tokens a prompt may have, template included; longer ones are an error")
     prompts_per_step: int = option(16, "prompts a step; times sampler.group_size gives completions")
+    pool_factor: int = option(
+        1,
+        "dynamic sampling (DAPO): a step draws this many times its prompts and samples them, prompts_per_step at a "
+        "time, until the batch is full of groups that have an advantage; 1: off",
+    )
     shuffle: bool = option(True, "a new order every epoch, a function of the seed alone")
     digits: int = option(2, "arithmetic: the most digits of an operand")
 
@@ -211,8 +230,9 @@ class ObjectiveConfig:
     )
     baseline: str = option(
         "group",
-        "what is taken off a reward: the mean of its group, of the group's others (RLOO), of the batch, nothing",
-        ("group", "leave_one_out", "batch", "none"),
+        "what is taken off a reward: the mean of its group, of the group's others (RLOO), of the batch, nothing; or a "
+        "value model's prediction by token (PPO, see `ppo`)",
+        ("group", "leave_one_out", "batch", "none", "value"),
     )
     scale_rewards: str = option("group", "standard deviation that divides advantages", ("group", "batch", "none"))
     advantage_epsilon: float = option(1e-4, "added to that standard deviation; 0 in the papers' formulas")
@@ -245,6 +265,25 @@ class ObjectiveConfig:
         1, "equal parts of the run (iterative GRPO); at the end of each the reference becomes the policy; 1: never"
     )
     mask_truncated: bool = option(False, "completions that did not end are left out of the loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig:
+    """PPO's value model and generalized advantages, with objective.baseline=value; names as in TRL's PPOTrainer."""
+
+    critic: str = option(
+        "head", "value model: a linear head on the policy's hidden states, or a decoder of its own", ("head", "model")
+    )
+    gamma: float = option(1.0, "discount of later rewards")
+    lam: float = option(1.0, "lambda of generalized advantages; TRL has 0.95, with which PPO loses on long reasoning")
+    vf_coef: float = option(0.1, "weight of the value loss")
+    cliprange_value: float = option(
+        0.2, "a value may move this far from the rollout's before its loss is clipped; 0: off"
+    )
+    whiten_advantages: bool = option(True, "advantages of a rollout get mean 0 and standard deviation 1")
+    kl_in_reward: bool = option(
+        False, "objective.beta weighs log pi_old - log pi_ref taken off each token's reward, not a KL in the loss"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,11 +395,13 @@ class Config:
     sampler: SamplerConfig = option(SamplerConfig(), "")
     rewards: RewardsConfig = option(RewardsConfig(), "")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "")
+    ppo: PpoConfig = option(PpoConfig(), "")
     optim: OptimConfig = option(OptimConfig(), "")
     step: StepConfig = option(StepConfig(), "")
     mesh: MeshConfig = option(MeshConfig(), "")
     cold_start: ColdStartConfig = option(ColdStartConfig(), "")
     sft: SftConfig = option(SftConfig(), "of `grpo-jax sft`")
+    dpo: DpoConfig = option(DpoConfig(), "of `grpo-jax dpo`")
     train: TrainConfig = option(TrainConfig(), "")
     eval: EvalConfig = option(EvalConfig(), "")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), "")
@@ -547,7 +588,8 @@ def validate(config: Config, source: str = "config") -> None:
         "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout base.vocabulary "
         "base.worked_sums base.rope_theta base.sft.max_length cold_start.prompts cold_start.rows "
         "cold_start.sft.max_length sft.max_length optim.eps objective.cispo_max_ratio objective.sapo_temperature_pos "
-        "objective.sapo_temperature_neg objective.outer_iterations sampler.group_size"
+        "objective.sapo_temperature_neg objective.outer_iterations sampler.group_size data.pool_factor "
+        "dpo.steps dpo.batch_size dpo.max_length dpo.beta"
     ).split()
     for name in positive:
         require(value_of(c, name) > 0, name, "must be positive")
@@ -558,7 +600,8 @@ def validate(config: Config, source: str = "config") -> None:
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
         "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
         "objective.overlong_cache objective.correction_max objective.correction_min objective.vespo_k_pos "
-        "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg"
+        "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
+        "dpo.lr"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")
@@ -572,7 +615,9 @@ def validate(config: Config, source: str = "config") -> None:
         "must be from 0 to sampler.max_new_tokens",
     )
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
-    require(0 <= c.base.right_share <= 1, "base.right_share", "must lie between 0 and 1")
+    for name in ("base.right_share", "ppo.gamma", "ppo.lam"):
+        require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")
+    require(0 <= c.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "must be at least 0 and below 0.5")
     for name in ("optim.b1", "optim.b2"):
         require(0 <= value_of(c, name) < 1, name, "must be at least 0 and below 1")
     for name in ("rewards.code.seconds", "rewards.code.output_kb"):
@@ -619,7 +664,17 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
     _validate_loss(o, require)
     lone = o.baseline in ("batch", "none")
     require(
-        lone or c.sampler.group_size >= 2,
+        c.data.pool_factor == 1 or o.baseline != "value",
+        "data.pool_factor",
+        "selects groups by their advantages, which objective.baseline='value' does not have: set it to 1",
+    )
+    require(
+        not c.ppo.kl_in_reward or (o.baseline == "value" and o.beta > 0),
+        "ppo.kl_in_reward",
+        "needs objective.baseline='value' and objective.beta above 0",
+    )
+    require(
+        lone or o.baseline == "value" or c.sampler.group_size >= 2,
         "sampler.group_size",
         "must be at least 2: a group of 1 has no advantage (objective.baseline=batch or none compares otherwise)",
     )

@@ -19,7 +19,7 @@ ROWS = PartitionSpec(("data", "fsdp"))  # how batches are split: over both axes,
 # Path pattern -> mesh axes of the last dimensions (a leading layer axis is never split).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
-    (r"head/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)head/kernel$", ("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(head|query|key|value|gate|up)/kernel_scale$", ("tensor",)),

@@ -2,9 +2,10 @@
 
     train_step(parts, state, prompts) -> (state, metrics, rollout)
 
-It is three functions, `sample_rollout`, `score_rollout` and `update`, called one after another. Fused mode
-compiles their composition once; staged mode compiles each on its own, for slow rewards and for
-looking in between. `parts` holds what never changes in a run; everything that does is in `state`.
+It is three functions, `sample_rollout`, `score_rollout` and `update`, called one after another; with dynamic sampling
+the first two are rounds of a loop that fills the batch. Fused mode compiles their composition once; staged mode
+compiles each on its own, for slow rewards and for looking in between. `parts` holds what never changes in a run;
+everything that does is in `state`.
 """
 
 import dataclasses
@@ -22,14 +23,17 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
+from grpo_jax.models.value import init_value, read_values, without_value
 from grpo_jax.ops.advantages import advantages, overlong_penalty
 from grpo_jax.ops.corrections import correction_weights
+from grpo_jax.ops.gae import explained_variance, gae, token_rewards, value_losses, whiten
 from grpo_jax.ops.logprobs import token_logps
-from grpo_jax.ops.masked import masked_select, safe_divide
-from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask
+from grpo_jax.ops.masked import masked_mean, masked_select, safe_divide
+from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask, weighted_sum
 from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
 from grpo_jax.rewards.scorer import Scorer
-from grpo_jax.sampler.sample import left_positions, sample
+from grpo_jax.sampler.pool import Filling, empty, filling_means, keep, round_prompts, wanting
+from grpo_jax.sampler.sample import anywhere, left_positions, sample
 from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
@@ -58,9 +62,9 @@ class TrainState(flax.struct.PyTreeNode):
       updates: optimizer updates so far, skipped ones left out.
       skipped: updates skipped so far because something was not finite.
       skipped_in_row: how many of them since the last good one.
-      trainable: collections that the optimizer changes, {"params": ...} or {"adapters": ...}.
+      trainable: collections that the optimizer changes, {"params": ...} or {"adapters": ...}, with PPO a value model's.
       frozen: collections that it does not.
-      reference: the reference's copy of `trainable`, {} where it is `frozen` alone; None when beta is 0.
+      reference: the reference's copy of the policy in `trainable`, {} where it is `frozen` alone; None when beta is 0.
       opt_state: the optimizer's.
     """
 
@@ -93,7 +97,11 @@ class Metrics(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens, stops."""
+    """What a step is made of: the config, the model's functions, optimizer, rewards, mesh, end tokens, stops.
+
+    `seed_axis` names the axis of a `vmap` over seeds; loops then go on until they may end for every seed. A predicate
+    with an axis of its own would make XLA select whole caches at every token.
+    """
 
     config: Config
     module: DecoderModule
@@ -103,6 +111,7 @@ class StepParts:
     mesh: Mesh
     end_ids: tuple[int, ...]
     stops: StopTable | None = None
+    seed_axis: str | None = None
 
 
 def init_state(
@@ -111,7 +120,7 @@ def init_state(
     frozen: dict[str, Any] | None = None,
     base_is_reference: bool = False,
 ) -> TrainState:
-    """A state at step 0 on the mesh; the reference is a copy with buffers of its own.
+    """A state at step 0 on the mesh, with PPO's value model; the reference is a copy with buffers of its own.
 
     With `base_is_reference` it is the frozen collections alone, as long as it is never refreshed: adapters whose B is
     zero add nothing.
@@ -122,6 +131,10 @@ def init_state(
         zero = jnp.zeros((), jnp.int32)
         copy = {} if nothing else jax.tree.map(jnp.copy, variables)
         reference = copy if parts.config.objective.beta > 0 else None
+        if parts.config.objective.baseline == "value":
+            params, dtype = {**frozen, **variables}["params"], jnp.dtype(parts.config.model.param_dtype)
+            width = parts.module.architecture.width
+            variables = variables | init_value(parts.config.ppo.critic, width, params, dtype)
         return TrainState(zero, zero, zero, zero, zero, variables, frozen, reference, parts.optimizer.init(variables))
 
     frozen = frozen or {}
@@ -131,6 +144,8 @@ def init_state(
 
 def train_step(parts: StepParts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
     """One step of GRPO: sample, score, update."""
+    if parts.config.data.pool_factor > 1:
+        return update(parts, state, *fill_batch(parts, state, prompts))
     rollout = sample_rollout(parts, state, prompts)
     return update(parts, state, score_rollout(parts, prompts, rollout))
 
@@ -143,14 +158,18 @@ def noise_key(seed: int, stream: int, step: Int[Array, ""] | int) -> Array:
 def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
     """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
     dtype = jnp.dtype(parts.config.model.compute_dtype)
-    cast = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, variables)
+    policy = without_value(variables)
+    cast = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
     return unstack(cast, parts.module.architecture)
 
 
-def sample_rollout(parts: StepParts, state: TrainState, prompts: Prompts) -> Rollout:
-    """The policy's completions of the prompts."""
-    variables = sampling_variables(parts, {**state.frozen, **state.trainable})
+def sample_rollout(
+    parts: StepParts, state: TrainState, prompts: Prompts, variables: dict[str, Any] | None = None
+) -> Rollout:
+    """The policy's completions of the prompts; `variables` are its `sampling_variables` where they are made already."""
+    if variables is None:
+        variables = sampling_variables(parts, {**state.frozen, **state.trainable})
     key = noise_key(parts.config.seed, TRAINING, state.step)
     return draw_completions(parts, variables, prompts, key, parts.config.sampler)
 
@@ -166,8 +185,8 @@ def draw_completions(
 
     module = parts.module.clone(scanned=False, remat="none")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    prompts = constrain(prompts)
-    return constrain(sample(module, variables, prompts, key, config, parts.end_ids, parts.stops, shards, constrain))
+    more = (parts.end_ids, parts.stops, shards, constrain, parts.seed_axis)
+    return constrain(sample(module, variables, constrain(prompts), key, config, *more))
 
 
 def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollout:
@@ -177,7 +196,8 @@ def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollo
 
 def add_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Rollout:
     """The rollout with scores, and the advantages [B, T] that follow from them."""
-    by_token = token_advantages(parts, rollout, scores)
+    by_value = parts.config.objective.baseline == "value"  # whose advantages `update` makes
+    by_token = jnp.zeros_like(rollout.mask) if by_value else token_advantages(parts, rollout, scores)
     scores = scores.replace(failed=jnp.broadcast_to(scores.failed, rollout.weight.shape))
     return rollout.replace(scores=scores, advantages=by_token * rollout.mask)
 
@@ -209,6 +229,72 @@ def overlong_rewards(parts: StepParts, rollout: Rollout) -> Float[Array, "B"]:
     return overlong_penalty(rollout.lengths, rollout.tokens.shape[1], parts.config.objective.overlong_cache)
 
 
+def outcome_rewards(parts: StepParts, rollout: Rollout) -> Float[Array, "B"]:
+    """The weighted components of a scored rollout, and the penalty of its length."""
+    assert rollout.scores is not None
+    total = parts.scorer.total(rollout.scores)
+    return total + overlong_rewards(parts, rollout) if parts.config.objective.overlong_cache else total
+
+
+def fill_batch(parts: StepParts, state: TrainState, pool: Prompts) -> tuple[Rollout, "Drawn"]:
+    """A scored rollout from as many rounds over the pool as it takes to fill it with groups that have an advantage."""
+    variables = sampling_variables(parts, {**state.frozen, **state.trainable})
+
+    def one_round(number: Array) -> tuple[Rollout, Means]:
+        prompts = round_prompts(pool, number, parts.config.data.pool_factor)
+        rollout = score_rollout(parts, prompts, sample_rollout(parts, state, prompts, variables))
+        return rollout, rollout_means(parts, rollout)
+
+    def go_on(filling: Filling) -> Bool[Array, ""]:
+        return anywhere(unfilled(parts, filling), parts.seed_axis)
+
+    def body(filling: Filling) -> Filling:
+        return keep_round(parts, filling, *one_round(filling.next), unfilled(parts, filling))
+
+    filling = jax.lax.while_loop(go_on, body, empty(*jax.eval_shape(one_round, jnp.zeros((), jnp.int32))))
+    return filled_batch(parts, filling, pool)
+
+
+def unfilled(parts: StepParts, filling: Filling) -> Bool[Array, ""]:
+    """Whether the batch takes another round."""
+    return wanting(filling, parts.config.data.pool_factor, parts.config.data.prompts_per_step)
+
+
+def keep_round(parts: StepParts, filling: Filling, rollout: Rollout, means: Means, live: Array) -> Filling:
+    """The filling after a round, its rows laid out as rows are."""
+    filling = keep(filling, rollout, means, parts.config.sampler.group_size, live)
+    return filling.replace(kept=constrain_rows(filling.kept, parts.mesh))
+
+
+def pool_round(parts: StepParts, pool: Prompts, filling: Filling | None) -> Prompts:
+    """The prompts of the next round, of the first one without a filling: a program of staged mode."""
+    number = jnp.zeros((), jnp.int32) if filling is None else filling.next
+    return round_prompts(pool, number, parts.config.data.pool_factor)
+
+
+def keep_scored(parts: StepParts, filling: Filling | None, rollout: Rollout) -> Filling:
+    """The filling after a round: a program of staged mode."""
+    means = rollout_means(parts, rollout)
+    filling = empty(*jax.eval_shape(lambda: (rollout, means))) if filling is None else filling
+    return keep_round(parts, filling, rollout, means, jnp.bool_(True))
+
+
+def filled_batch(parts: StepParts, filling: Filling, pool: Prompts) -> tuple[Rollout, "Drawn"]:
+    """The kept groups with the advantages that they have in this batch, and what the step tells of its pool."""
+    scores = filling.kept.scores
+    assert scores is not None
+    rollout = add_advantages(parts, filling.kept, scores.replace(failed=filling.failed))
+    means = filling_means(filling, pool, parts.config.sampler.group_size)
+    return rollout, Drawn(means, jnp.sum(pool.weight > 0).astype(jnp.int32))
+
+
+class Drawn(flax.struct.PyTreeNode):
+    """What was sampled: metrics, and how many prompts count as drawn (with dynamic sampling: the whole pool)."""
+
+    means: Means
+    prompts: Int[Array, ""]
+
+
 class TrainingBatch(flax.struct.PyTreeNode):
     """What the loss reads, row by row: prompt and completion as one sequence of P + T tokens."""
 
@@ -225,6 +311,8 @@ class TrainingBatch(flax.struct.PyTreeNode):
     policy_logps: Float[Array, "B T"] | None = None  # the trainer's own, before its first update
     corrections: Float[Array, "B T"] | None = None
     selected: Float[Array, "B T"] | None = None
+    old_values: Float[Array, "B T"] | None = None
+    returns: Float[Array, "B T"] | None = None
 
 
 def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
@@ -247,19 +335,23 @@ def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
     )
 
 
+def completion_hidden(parts: StepParts, variables: dict[str, Any], batch: TrainingBatch) -> Float[Array, "B T D"]:
+    """The hidden state before each completion token: the last prompt token's predicts the first of them."""
+    width = batch.tokens.shape[1] - batch.targets.shape[1]
+    return parts.module.apply(variables, batch.tokens, batch.positions, batch.segments)[:, width - 1 : -1]
+
+
 def completion_logps(
-    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch
+    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch, hidden: Float[Array, "B T D"] | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy at the sampling temperature of each completion token."""
-    width = batch.tokens.shape[1] - batch.targets.shape[1]
-    hidden = parts.module.apply(variables, batch.tokens, batch.positions, batch.segments)
+    hidden = completion_hidden(parts, variables, batch) if hidden is None else hidden
 
     def unembed(hidden: Array) -> Array:
         return parts.module.apply(variables, hidden, method="logits")
 
-    # The last prompt token predicts the first completion token.
     return token_logps(
-        hidden[:, width - 1 : -1],
+        hidden,
         unembed,
         batch.targets,
         parts.config.sampler.temperature,
@@ -281,8 +373,18 @@ def split(batch: Any, minibatches: int, micros: int) -> Any:
     return jax.tree.map(leaf, batch)
 
 
-def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Rollout]:
-    """Epochs of minibatches of micro-batches: objective, gradient, accumulation, optimizer."""
+def join(x: Array) -> Array:
+    """The inverse of `split` for one array: [minibatches, micros, rows, ...] to [B, ...]."""
+    return x.swapaxes(0, 2).reshape(-1, *x.shape[3:])
+
+
+def update(
+    parts: StepParts, state: TrainState, rollout: Rollout, drawn: Drawn | None = None
+) -> tuple[TrainState, Metrics, Rollout]:
+    """Epochs of minibatches of micro-batches: objective, gradient, accumulation, optimizer.
+
+    `drawn` is what dynamic sampling tells; without it the rollout is all that was sampled.
+    """
     objective = parts.config.objective
     micro_rows = objective.micro_batch_size or rollout.tokens.shape[0] // objective.minibatches
     micros = rollout.tokens.shape[0] // objective.minibatches // micro_rows
@@ -291,6 +393,12 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     if state.reference is not None:
         pieces = pieces.replace(ref_logps=fixed_law(parts, {**state.frozen, **state.reference}, pieces)[0])
     pieces, corrected = with_sampled_law(parts, state, pieces)
+    if objective.baseline == "value":
+        rollout, pieces, told = add_gae(parts, state, rollout, pieces)
+        corrected |= told
+    if drawn is None:
+        prompts = jnp.sum(rollout.weight > 0) // parts.config.sampler.group_size
+        drawn = Drawn(rollout_means(parts, rollout), prompts.astype(jnp.int32))
     divisors = jax.vmap(
         lambda piece: denominators(
             piece.mask.reshape(-1, piece.mask.shape[-1]), batch.mask, objective, piece.weight.reshape(-1), batch.weight
@@ -309,12 +417,11 @@ def update(parts: StepParts, state: TrainState, rollout: Rollout) -> tuple[Train
     first = jax.tree.map(lambda x: x[0, 0], reports)  # before any update: the sampler's own parameters
     means = jax.tree.map(jnp.sum, reports.means)
     means |= {name: first.means[name] for name in ("sampler_gap/mean", "entropy")}
-    means |= rollout_means(parts, rollout) | corrected
+    means |= drawn.means | corrected
     means |= {"sampler_gap/max": (first.gap, 1.0), "lr": (parts.schedule(jnp.maximum(state.updates - 1, 0)), 1.0)}
     means |= {"skipped": (jnp.sum(reports.skipped), 1.0)}
     metrics = Metrics(means, jnp.sum(reports.nonfinite, (0, 1)), failed, state.skipped_in_row)
-    drawn = jnp.sum(rollout.weight > 0) // parts.config.sampler.group_size
-    state = state.replace(step=state.step + 1, draws=state.draws + drawn.astype(jnp.int32))
+    state = state.replace(step=state.step + 1, draws=state.draws + drawn.prompts)
     return refresh_reference(parts, state), metrics, rollout
 
 
@@ -354,31 +461,91 @@ def with_sampled_law(parts: StepParts, state: TrainState, pieces: TrainingBatch)
     return pieces, means
 
 
+def completion_values(
+    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch, hidden: Float[Array, "B T D"] | None = None
+) -> Float[Array, "B T"]:
+    """The critic's value before each completion token; `hidden` are the policy's states where they are there."""
+    if parts.config.ppo.critic == "model":
+        hidden = completion_hidden(parts, {"params": variables["critic"]}, batch)
+    elif hidden is None:
+        hidden = completion_hidden(parts, variables, batch)
+    return read_values(variables, hidden)
+
+
+def add_gae(
+    parts: StepParts, state: TrainState, rollout: Rollout, pieces: TrainingBatch
+) -> tuple[Rollout, TrainingBatch, Means]:
+    """Rollout and pieces with generalized advantages, returns and the values before any update, and their metrics."""
+    ppo, scores = parts.config.ppo, rollout.scores
+    assert scores is not None
+    variables = {**state.frozen, **state.trainable}
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
+    values = jax.lax.map(lambda micro: completion_values(parts, variables, micro), flat)
+    values, mask = join(values.reshape(pieces.targets.shape)), rollout.mask * rollout.weight[:, None]
+    penalty = None
+    if ppo.kl_in_reward:
+        assert pieces.ref_logps is not None
+        penalty = parts.config.objective.beta * (rollout.logps - join(pieces.ref_logps))
+    rewards = token_rewards(outcome_rewards(parts, rollout), mask, penalty)
+    if scores.step_rewards is not None:
+        rewards = rewards + masked_select(scores.step_rewards, mask)
+    advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)
+    means = {
+        "value/mean": (masked_mean(values, mask), 1.0),
+        "value/return": (masked_mean(returns, mask), 1.0),
+        "value/explained_variance": (explained_variance(values, returns, mask), 1.0),
+    }
+    advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
+    made = split({"advantages": advantages, "old_values": values, "returns": returns}, *pieces.targets.shape[:2])
+    return rollout.replace(advantages=advantages), pieces.replace(**made), means
+
+
 def micro_loss(
     trainable: Any, parts: StepParts, frozen: Any, micro: TrainingBatch
 ) -> tuple[Float[Array, ""], tuple[Means, Array]]:
     """The objective's numerator over a micro-batch, its metrics, and the largest gap to the sampler."""
-    logps, entropy = completion_logps(parts, {**frozen, **trainable}, micro)
+    variables, objective = {**frozen, **trainable}, parts.config.objective
+    hidden = completion_hidden(parts, variables, micro)
+    logps, entropy = completion_logps(parts, variables, micro, hidden)
+    if parts.config.ppo.kl_in_reward:
+        objective = dataclasses.replace(objective, beta=0.0)  # its KL is a metric alone
     terms = policy_loss_terms(
         logps,
         micro.old_logps if micro.policy_logps is None else micro.policy_logps,
         micro.ref_logps,
         micro.advantages,
         micro.mask,
-        parts.config.objective,
+        objective,
         micro.weight,
         entropies=entropy,
         corrections=micro.corrections,
         selected=micro.selected,
     )
-    count = jnp.sum(micro.mask)
+    numerator, count = terms.numerator, jnp.sum(micro.mask)
     gap = masked_select(jnp.abs(jax.lax.stop_gradient(logps) - micro.old_logps), micro.mask)
     means: Means = {METRIC_NAMES[name]: pair for name, pair in terms.metrics.items() if name in METRIC_NAMES}
     means |= {
         "entropy": (jnp.sum(masked_select(entropy, micro.mask)), count),
         "sampler_gap/mean": (jnp.sum(gap), count),
     }
-    return terms.numerator, (means, jnp.max(gap))
+    if micro.returns is not None:
+        value_numerator, value_means = value_terms(parts, variables, micro, hidden)
+        numerator, means = numerator + parts.config.ppo.vf_coef * value_numerator, means | value_means
+    return numerator, (means, jnp.max(gap))
+
+
+def value_terms(
+    parts: StepParts, variables: dict[str, Any], micro: TrainingBatch, hidden: Float[Array, "b T D"]
+) -> tuple[Float[Array, ""], Means]:
+    """The value loss of a micro-batch, its tokens weighed as the policy's are, and its metrics."""
+    assert micro.returns is not None and micro.old_values is not None
+    values = completion_values(parts, variables, micro, hidden)
+    clip = parts.config.ppo.cliprange_value
+    losses, clipped = value_losses(values, micro.old_values, micro.returns, micro.mask, clip)
+    numerator = weighted_sum(losses, micro.mask, parts.config.objective, micro.weight)
+    told = {"value/loss": jax.lax.stop_gradient(losses), "value/clip": clipped.astype(jnp.float32)}
+    count = jnp.sum(micro.mask)
+    return numerator, {name: (jnp.sum(masked_select(x, micro.mask)), count) for name, x in told.items()}
 
 
 def update_once(
@@ -428,7 +595,8 @@ def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
     if state.reference is None or every == 0:
         return state
     due = state.step % every == 0
-    return state.replace(reference=jax.tree.map(lambda n, o: jnp.where(due, n, o), state.trainable, state.reference))
+    policy = without_value(state.trainable)
+    return state.replace(reference=jax.tree.map(lambda n, o: jnp.where(due, n, o), policy, state.reference))
 
 
 def refresh_interval(config: Config) -> int:
@@ -448,10 +616,8 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
     real = weight.reshape(-1, group).sum(axis=1)
     lengths = rollout.lengths.astype(jnp.float32)
     tokens = jnp.sum(lengths * weight)
-    total = parts.scorer.total(scores)
-    overlong = overlong_rewards(parts, rollout) if parts.config.objective.overlong_cache else jnp.zeros_like(total)
     means: Means = {
-        "reward/total": (jnp.sum((total + overlong) * weight), rows),
+        "reward/total": (jnp.sum(outcome_rewards(parts, rollout) * weight), rows),
         "solve_rate": (jnp.sum(right), rows),
         "groups/all_right": (jnp.sum((by_group == real) & (real > 0)) * 1.0, 1.0),
         "groups/all_wrong": (jnp.sum((by_group == 0) & (real > 0)) * 1.0, 1.0),
@@ -464,7 +630,7 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
         "tokens": (tokens, 1.0),
     }
     if parts.config.objective.overlong_cache:
-        means["reward/overlong"] = (jnp.sum(overlong * weight), rows)
+        means["reward/overlong"] = (jnp.sum(overlong_rewards(parts, rollout) * weight), rows)
     for c, name in enumerate(parts.scorer.names):
         counted = scores.valid[:, c] * weight
         means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))
@@ -494,10 +660,17 @@ class Program:
         rows, whole = row_sharding(parts.mesh), replicated(parts.mesh)
         stepped = {"in_shardings": (layout, rows), "out_shardings": (layout, whole, rows), "donate_argnums": 0}
         self._staged = parts.config.step.mode == "staged"
+        self._pooled = parts.config.data.pool_factor > 1
         if self._staged:
             self.sample = self._compiled(sample_rollout, in_shardings=(layout, rows), out_shardings=rows)
             self.score_in_graph = self._compiled(lambda parts, *given: parts.scorer.score_in_graph(*given))
             self.add_advantages = self._compiled(add_advantages)
+            if self._pooled:
+                stepped["in_shardings"] = (layout, rows, whole)
+                self.round_prompts = self._compiled(pool_round, out_shardings=rows)
+                self.keep = self._compiled(keep_scored)
+                self.wanting = self._compiled(unfilled)
+                self.filled = self._compiled(filled_batch, out_shardings=(rows, whole))
             self.update = self._compiled(update, **stepped)
         else:
             self.fused = self._compiled(train_step, **stepped)
@@ -520,16 +693,32 @@ class Program:
         """Runs one step; in staged mode it waits for each phase."""
         if not self._staged:
             return self.fused(state, prompts)
+        self.seconds = {"sample": 0.0, "score": 0.0}
+        if self._pooled:
+            rollout = self._fill_staged(state, prompts)
+            return self._phase("update", lambda: self.update(state, *rollout))
+        rollout = self._round_staged(state, prompts)
+        return self._phase("update", lambda: self.update(state, rollout))
+
+    def _round_staged(self, state: TrainState, prompts: Prompts) -> Rollout:
+        rollout = self._phase("sample", lambda: self.sample(state, prompts))
+
+        def score() -> Rollout:
+            scores = self.parts.scorer.score_on_host(prompts, rollout, self.score_in_graph, Fetcher())
+            return self.add_advantages(rollout, scores)
+
+        return self._phase("score", score)
+
+    def _fill_staged(self, state: TrainState, pool: Prompts) -> tuple[Rollout, Drawn]:
+        """As `fill_batch`, by a loop of the host."""
+        filling, fetch = None, Fetcher()
+        while filling is None or fetch(self.wanting(filling)):
+            prompts = self.round_prompts(pool, filling)
+            filling = self.keep(filling, self._round_staged(state, prompts))
+        return self.filled(filling, pool)
+
+    def _phase(self, name: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
-
-        def phase(name: str, result: Any) -> Any:
-            nonlocal began
-            jax.block_until_ready(result)
-            now = time.perf_counter()
-            self.seconds[name], began = now - began, now
-            return result
-
-        rollout = phase("sample", self.sample(state, prompts))
-        scores = self.parts.scorer.score_on_host(prompts, rollout, self.score_in_graph, Fetcher())
-        rollout = phase("score", self.add_advantages(rollout, scores))
-        return phase("update", self.update(state, rollout))
+        result = jax.block_until_ready(work())
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return result

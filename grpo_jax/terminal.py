@@ -18,6 +18,9 @@ from rich.text import Text
 
 LINE = (  # metric, its name on the line, its format
     ("sft/loss", "loss", "{:.3f}"),
+    ("dpo/loss", "loss", "{:.3f}"),
+    ("dpo/accuracy", "accuracy", "{:.0%}"),
+    ("dpo/margin", "margin", "{:.3f}"),
     ("reward/total", "reward", "{:.3f}"),
     ("solve_rate", "solved", "{:.0%}"),
     ("eval/pass@1", "pass@1", "{:.1%}"),

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import sys
+import tempfile
 import time
 import types
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import loss_oracle
 import numpy as np
+import numpy_gae
 import optax
 import pytest
 import tiny
@@ -36,9 +38,10 @@ from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.objectives import denominators, policy_loss
+from grpo_jax.ops.preference import dpo_losses
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
-from grpo_jax.recipes import base, cold_start, grpo, sft
+from grpo_jax.recipes import base, cold_start, dpo, grpo, sft
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
@@ -51,11 +54,15 @@ from grpo_jax.step import (
     Metrics,
     Program,
     add_advantages,
+    add_gae,
     completion_logps,
+    completion_values,
     init_state,
+    micro_loss,
     refresh_reference,
     sample_rollout,
     sampling_variables,
+    split,
     training_batch,
     update,
 )
@@ -587,6 +594,14 @@ def test_max_prompt_length(model):
         prepared(model, **{"data.max_prompt_length": 3})
 
 
+@flips("data.pool_factor")
+def test_pool_factor(model):
+    """A step is handed that many times its prompts, and the next one those after them."""
+    for factor in (1, 3):
+        session = session_of(*prepared(model, **{"data.pool_factor": factor}), ".")
+        assert np.asarray(session.batch(1).draw).tolist() == list(range(2 * factor, 4 * factor))
+
+
 @flips("data.prompts_per_step")
 def test_prompts_per_step(model):
     parts, prompts, evaluator = prepared(model, **{"data.prompts_per_step": 3})
@@ -1067,6 +1082,87 @@ def test_mask_truncated():
     np.testing.assert_array_equal(embedding_of(state), EMBEDDING)
 
 
+def test_a_value_model_is_a_baseline():
+    parts = [tiny.parts(tiny.config(**{"objective.baseline": name})) for name in ("group", "value")]
+    assert [sorted(abstract_state(each).trainable) for each in parts] == [["params"], ["params", "value_head"]]
+
+
+# ppo
+
+
+@functools.cache
+def critic_parts(**fields):
+    """(parts, state with a value head that is not 0, pieces of the rollout made by hand)."""
+    parts = bigram_parts(**{"objective.baseline": "value", "objective.beta": 0.1, **fields})
+    state = bigram_state(bigram_parts())
+    head = {"kernel": jnp.array([[0.5], [-1.0], [2.0]]), "bias": jnp.array([0.25])}
+    state = state.replace(
+        trainable=state.trainable | {"value_head": head}, reference={"params": {"embed": {"embedding": -EMBEDDING}}}
+    )
+    pieces = split(training_batch(hand_made_rollout(parts.config), False), 1, 1)
+    return parts, state, pieces.replace(ref_logps=pieces.old_logps * 1.5)
+
+
+def targets(**fields):
+    """(advantages, returns) [4, 3] that `add_gae` makes, and by hand for the same config."""
+    parts, state, pieces = critic_parts(**fields)
+    rollout, ppo = hand_made_rollout(parts.config), parts.config.ppo
+    told, pieces, _ = add_gae(parts, state, rollout, pieces)
+    before = np.concatenate([rollout.prompt_tokens[:, 1:], rollout.tokens[:, :-1]], axis=1)
+    values = EMBEDDING[before] @ np.array([0.5, -1.0, 2.0]) + 0.25
+    penalty = -0.1 * 0.5 * rollout.logps * ppo.kl_in_reward
+    rewards = numpy_gae.token_rewards(rollout.scores.values[:, 0], rollout.mask, penalty)
+    raw = numpy_gae.gae(rewards, values, rollout.mask, ppo.gamma, ppo.lam)
+    white = (raw - raw.mean()) / raw.std(ddof=1) if ppo.whiten_advantages else raw
+    return np.asarray(told.advantages), np.asarray(pieces.returns[0, 0]), white, raw + values
+
+
+PPO_VALUES = {"ppo.gamma": 0.5, "ppo.lam": 0.5, "ppo.whiten_advantages": False, "ppo.kl_in_reward": True}
+
+
+@flips(*PPO_VALUES)
+def test_what_the_policy_is_taught_by_ppo(name):
+    plain, flipped = targets(), targets(**{name: PPO_VALUES[name]})
+    for got, returns, white, total in (plain, flipped):
+        np.testing.assert_allclose(got, white, atol=1e-4)
+        np.testing.assert_allclose(returns, total, atol=1e-4)
+    assert not np.allclose(plain[0], flipped[0], atol=1e-2)
+
+
+@flips("ppo.critic")
+def test_critic():
+    for critic in ("head", "model"):
+        parts = tiny.parts(tiny.config(**{"objective.baseline": "value", "ppo.critic": critic}))
+        trainable = abstract_state(parts).trainable
+        assert ("critic" in trainable) == (critic == "model")
+        assert trainable["value_head"]["kernel"].shape == (tiny.architecture().width, 1)
+
+
+def value_numerator(**fields):
+    """What the value loss adds to the numerator of a micro-batch, values being half a unit off their old ones."""
+    found = []
+    for weight in (0.0, None):
+        parts, state, pieces = critic_parts(**{**fields, **({} if weight is None else {"ppo.vf_coef": weight})})
+        micro = jax.tree.map(lambda x: x[0, 0], pieces)
+        values = completion_values(parts, state.trainable, micro)
+        micro = micro.replace(old_values=values + 0.5, returns=values - 1.0)
+        found.append(float(micro_loss(state.trainable, parts, state.frozen, micro)[0]))
+    return found[1] - found[0]
+
+
+@flips("ppo.vf_coef")
+def test_vf_coef():
+    """Twelve tokens, each one unit above its return: half of 1 each, and clipped to (0.3 + 1)^2 / 2."""
+    assert value_numerator() == pytest.approx(0.1 * 12 * 1.3**2 / 2, rel=1e-4)
+    assert value_numerator(**{"ppo.vf_coef": 2.0}) == pytest.approx(2.0 * 12 * 1.3**2 / 2, rel=1e-4)
+
+
+@flips("ppo.cliprange_value")
+def test_cliprange_value():
+    assert value_numerator(**{"ppo.cliprange_value": 0.0}) == pytest.approx(0.1 * 12 / 2, rel=1e-4)
+    assert value_numerator(**{"ppo.cliprange_value": 0.4}) == pytest.approx(0.1 * 12 * 1.1**2 / 2, rel=1e-4)
+
+
 # optim
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "scale": jnp.array([2.0, -1.0])}
@@ -1430,6 +1526,73 @@ def test_fine_tune(model, monkeypatch, tmp_path, name):
     np.testing.assert_allclose([line["lr"] for line in lines], by_hand, rtol=1e-5)
     (tmp_path / "run").mkdir()
     assert getattr(sft_run(model, monkeypatch, tmp_path, **{name: value}).sft, leaf) == value
+
+
+# dpo
+
+DPO_DEFAULT = {"steps": 2, "batch_size": 4, "max_length": 6, "lr": 0.1}
+DPO_FLIPPED = {"steps": 4, "batch_size": 8, "max_length": 9, "lr": 0.5}
+
+
+@functools.cache
+def preferred(flipped: bool) -> tuple[list[dict], tuple[int, ...]]:
+    """(lines of metrics, shape of the batches) of a run with the bigram model, all fields of a run flipped or none."""
+    config = tiny.config(**{f"dpo.{k}": v for k, v in (DPO_FLIPPED if flipped else DPO_DEFAULT).items()})
+    pairs = [(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1])), (([2, 2, 1], [0, 0, 1]), ([2, 2, 3], [0, 0, 1]))]
+    params = {"embed": {"embedding": jnp.asarray(EMBEDDING)}}
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    shapes, make = [], dpo.make_preference_batch
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "make_preference_batch", lambda *a: shapes.append(make(*a).tokens.shape) or make(*a))
+        workdir = pathlib.Path(folder)
+        params = jax.device_put(params, shardings(params, mesh))
+        dpo.prefer(config, Bigram(), params, pairs, mesh, workdir, Stop(None), Terminal(out=io.StringIO()))
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(set(shapes)) == 1
+    return lines, shapes[0]
+
+
+@flips("dpo.steps", "dpo.batch_size", "dpo.max_length", "dpo.lr")
+def test_prefer(name):
+    for flipped, want in ((False, DPO_DEFAULT), (True, DPO_FLIPPED)):
+        lines, shape = preferred(flipped)
+        by_hand = want["lr"] * (0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(want["steps"]) / want["steps"])) / 2)
+        found = {
+            "dpo.steps": (len(lines), want["steps"]),
+            "dpo.batch_size": (shape[:2], (want["batch_size"], 2)),
+            "dpo.max_length": (shape[2], want["max_length"]),
+            "dpo.lr": ([line["lr"] for line in lines], pytest.approx(by_hand, rel=1e-5)),
+        }[name]
+        assert found[0] == found[1]
+
+
+@flips("dpo.path")
+def test_dpo_path(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "1+1=", "chosen": "2", "rejected": "3"}) + "\n")
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(dpo, "prefer", lambda config, module, reference, pairs, *_: found.append(pairs) or reference)
+        patch.setattr(dpo, "save_model", lambda folder, *_: str(folder))
+        fields = {"model.path": model.source, "dpo.path": str(path)}
+        dpo.run(tiny.config(**fields), tmp_path / "run", Terminal(out=io.StringIO()))
+        with pytest.raises(InputError, match="dpo.path='nowhere': no such file"):
+            dpo.run(tiny.config(**{**fields, "dpo.path": "nowhere"}), tmp_path / "b", Terminal(out=io.StringIO()))
+    assert [[model.tokenizer.decode(ids) for ids, _ in pair] for pair in found[0]] == [["1+1=2", "1+1=3"]]
+
+
+@flips("dpo.beta", "dpo.loss_type", "dpo.label_smoothing")
+def test_dpo_loss(name):
+    """One pair whose margin over the reference is 2."""
+    flipped = {"dpo.beta": 0.5, "dpo.loss_type": "ipo", "dpo.label_smoothing": 0.25}
+    for fields in ({}, {name: flipped[name]}):
+        config = tiny.config(**fields).dpo
+        losses, _ = dpo_losses(*(jnp.array([x]) for x in (-1.0, -4.0, -2.0, -3.0)), config)
+        right, wrong = np.log1p(np.exp(-2 * config.beta)), np.log1p(np.exp(2 * config.beta))
+        by_hand = (1 - config.label_smoothing) * right + config.label_smoothing * wrong
+        by_hand = (2 - 1 / (2 * config.beta)) ** 2 if config.loss_type == "ipo" else by_hand
+        assert float(losses[0]) == pytest.approx(by_hand, rel=1e-5)
 
 
 # train, eval, checkpoint: a session whose step, evaluation and checkpoints are stand-ins

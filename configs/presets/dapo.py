@@ -14,6 +14,7 @@ def get_config():
     c = default_config()
     c.text.template = "r1_zero"  # the paper's asks for a last line with the answer
     c.data.prompts_per_step = 512  # "the prompt batch size is 512"
+    c.data.pool_factor = 3  # dynamic sampling, section 3.2; the paper samples on without a bound, this is one
     c.data.max_prompt_length = 2048  # not stated
     c.sampler.group_size = 16  # "we sample 16 responses for each prompt"
     c.sampler.max_new_tokens = 20_480  # 16,384 and 4,096 of soft punishment

@@ -33,6 +33,8 @@ def advantages(
     Rows of a group are adjacent. Rewards that tie with all that they are compared with give exactly 0. Rows of weight 0
     get 0 and influence nothing.
     """
+    if config.baseline == "value":
+        raise ValueError("objective.baseline='value' needs values by token: see grpo_jax.ops.gae")
     weight = jnp.ones(rewards.shape[0], rewards.dtype) if weight is None else weight
     chex.assert_shape(weight, rewards.shape[:1])
     if rewards.shape[0] % group_size:

@@ -107,10 +107,20 @@ def policy_loss_terms(
         losses = losses + config.beta * kl if config.beta else losses
     if config.entropy_coef and entropies is not None:
         losses = losses - config.entropy_coef * masked_select(entropies.astype(logps.dtype), mask)
-    token_weights = AGGREGATIONS[config.loss_type].token_weights(mask)
     tokens = jnp.sum(mask)
     sums = {name: (jnp.sum(masked_select(value.astype(mask.dtype), mask)), tokens) for name, value in metrics.items()}
-    return Terms(jnp.sum(token_weights * masked_select(losses, mask)), jax.lax.stop_gradient(sums))
+    return Terms(weighted_sum(losses, mask, config), jax.lax.stop_gradient(sums))
+
+
+def weighted_sum(
+    losses: Float[Array, "b T"],
+    mask: Float[Array, "b T"],
+    config: ObjectiveConfig,
+    weight: Float[Array, "b"] | None = None,
+) -> Float[Array, ""]:
+    """sum_bt u_bt l_bt with the weights u of `loss_type`: a numerator of `denominators`, for losses of any kind."""
+    mask = _row_mask(mask, weight).astype(losses.dtype)
+    return jnp.sum(AGGREGATIONS[config.loss_type].token_weights(mask) * masked_select(losses, mask))
 
 
 def denominators(

@@ -277,7 +277,8 @@ class Session:
 
     def batch(self, step: int) -> Any:
         """The prompts of a step: a function of the seed and the step alone."""
-        data, count = self.config.data, self.config.data.prompts_per_step
+        data = self.config.data
+        count = data.pool_factor * data.prompts_per_step
         batch = make_batch(self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length)
         return jax.device_put(batch, row_sharding(self.parts.mesh))
 
@@ -425,11 +426,12 @@ class Recorder:
         seconds = sum(phases.values()) or seconds
         line = divide(fetched.means)
         tokens = line.pop("tokens")
+        scored = round(config.completions * line.get("pool/rounds", 1.0))
         line |= found | {
             "seconds/step": seconds,
             "tokens_per_second": tokens / seconds,
             "compiles": s.compiles.compiles,
-            "seconds/rewards": 0.0 if host is None else host.take_seconds(config.completions // jax.process_count()),
+            "seconds/rewards": 0.0 if host is None else host.take_seconds(scored // jax.process_count()),
         }
         line |= {f"seconds/{name}": value for name, value in phases.items()}
         self.writer.step(done, line)
@@ -465,7 +467,8 @@ def sample_rows(session: Session, rollout: Any, count: int) -> list[dict]:
     size = session.prompts.size
     data = session.config.data
     order = row_order(np.asarray(rollout.draw, np.int64), size, session.config.seed, data.shuffle)
-    for i in range(0, len(total), max(len(total) // count, 1))[:count] if count else ():
+    filled = np.flatnonzero(rollout.weight)  # dynamic sampling may leave places empty
+    for i in filled[:: max(len(filled) // count, 1)][:count].tolist() if count else ():
         row = session.prompts.rows[int(order[i])]
         length = int(rollout.lengths[i])
         rows.append(

@@ -84,12 +84,14 @@ def sample(
     stops: StopTable | None = None,
     shards: int = 1,
     constrain: Callable[[Any], Any] = lambda tree: tree,
+    seed_axis: str | None = None,
 ) -> Rollout:
     """Draws `config.group_size` completions of every prompt; ends early when every row has ended.
 
     `module` and `variables` are in the unstacked layout, `key` is that of the seed and the step. Prompts and slots are
     cut into `shards` parts that refill from their own completions, so that nothing crosses devices; `constrain` lays
-    arrays of rows out over them.
+    arrays of rows out over them. Under a `vmap` whose axis is named `seed_axis` it ends when the rows of every seed
+    have (without slots): a condition by seed would make XLA select the whole cache at every token.
     """
     group, length = config.group_size, config.max_new_tokens
     count, width = prompts.tokens.shape
@@ -122,7 +124,7 @@ def sample(
         held = _empty(rows, length).replace(row=jnp.arange(rows, dtype=jnp.int32), done=filler)
         held = draw(held, repeat_rows(unembed(last_hidden), group), jnp.int32(0), ~held.done)
         state = Decoding(jnp.int32(0), held, end_prompt(cache))
-        state = jax.lax.while_loop(lambda state: ~jnp.all(state.slots.done), decode, state)
+        state = jax.lax.while_loop(lambda state: anywhere(~jnp.all(state.slots.done), seed_axis), decode, state)
         written = Written(**{name: getattr(state.slots, name) for name in Written.__dataclass_fields__})
     else:
         into = init_cache(module.architecture, slots, width, slots, length, dtype)
@@ -149,6 +151,11 @@ def sample(
 def constrain_slots(state: Decoding, slots: int, constrain: Callable[[Any], Any]) -> Decoding:
     """The state with every array that has a row a slot laid out as rows are."""
     return jax.tree.map(lambda x: constrain(x) if x.ndim and x.shape[0] == slots else x, state)
+
+
+def anywhere(condition: Bool[Array, ""], seed_axis: str | None) -> Bool[Array, ""]:
+    """Whether a condition holds for any seed of a `vmap` whose axis has this name: one number for all of them."""
+    return condition if seed_axis is None else jax.lax.psum(condition.astype(jnp.int32), seed_axis) > 0
 
 
 def _empty(slots: int, length: int) -> Slots:
