@@ -341,7 +341,7 @@ def clear_share(recorded):
         {"loss_type": "dapo", "minibatches": 4, "micro_batch_size": 1, "epsilon_high": 0.4},
         {"loss_type": "dapo", "num_iterations": 3},
         {"loss_type": "dr_grpo", "minibatches": 2, "micro_batch_size": 8, "epsilon": 0.1},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "minibatches": 2, "delta": 1.3},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05},
         {
             "entropy_coef": 0.3,
             "top_entropy_quantile": 0.4,

@@ -90,10 +90,9 @@ def by_convention(rewards, group_size):
     return {name: advantages(rewards, group_size, config) for name, config in CONVENTIONS.items()}
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("group_size", [2, 5])
+@pytest.mark.parametrize(("name", "group_size"), [*((name, 4) for name in ESTIMATORS), ("group", 2), ("rloo", 2)])
 def test_against_numpy(name, group_size):
-    rewards = np.random.default_rng(group_size).choice([0.0, 0.2, 1.0, 1.2], 6 * group_size)
+    rewards = np.random.default_rng(group_size).choice([0.0, 0.2, 1.0, 1.2], 12)
     rewards[:group_size], rewards[group_size] = 0.2, 5.0
     config = estimator(name)
     want = oracle_of(rewards, group_size, config)
