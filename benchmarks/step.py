@@ -173,9 +173,7 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
     table = np.array([[ids[c] for c in a] + [PAD] * (width - len(a)) for a in answers], np.int32)
     reward: Any = DigitReward(jnp.asarray(table), jnp.asarray([len(a) for a in answers], jnp.int32))
     optimizer, schedule = make_optimizer(config.optim, total), make_schedule(config.optim, total)
-    parts = StepParts(
-        config, module, optimizer, schedule, reward, mesh, (EOS,) if options.natural_end else ()
-    )
+    parts = StepParts(config, module, optimizer, schedule, reward, mesh, (EOS,) if options.natural_end else ())
     params = jax.jit(lambda key: init_params(module, key))(jax.random.key(options.seed))
     params = jax.tree.map(lambda x: x * 0.2 if x.ndim > 1 else x, params)  # near-uniform, as normal(0.02) gives
     batches = []

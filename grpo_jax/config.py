@@ -259,7 +259,11 @@ class ObjectiveConfig:
     correction_min: float = option(0.0, "lower bound of that weight")
     num_iterations: int = option(1, "epochs over a rollout")
     minibatches: int = option(1, "optimizer updates an epoch")
-    micro_batch_size: int = option(0, "completions in one gradient pass; 0: the whole minibatch")
+    micro_batch_size: int = option(
+        0,
+        "completions of full length in one gradient pass, more where they are shorter; 0: a group on each device, or a "
+        "completion where prompts are not shared",
+    )
     reference_every: int = option(0, "steps after which the reference becomes the policy; 0: never")
     outer_iterations: int = option(
         1, "equal parts of the run (iterative GRPO); at the end of each the reference becomes the policy; 1: never"
@@ -346,6 +350,12 @@ class TrainConfig:
     steps: int = option(100, "GRPO steps (rollouts)")
     time_budget: str = option("", "stop cleanly after this long ('55m', '2h', '300s'); empty: never")
     halt_when_nonfinite: int = option(10, "stop after so many skipped updates in a row; 0: never")
+    share_prefix: bool = option(True, "gradient passes compute a prompt once for its group")
+    pack_prompts: int = option(
+        0,
+        "prompts that a gradient pass on one device takes at most; 0: as many as its full-length completions need, or "
+        "four times that where prompts are not shared",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -594,7 +604,8 @@ def validate(config: Config, source: str = "config") -> None:
     for name in positive:
         require(value_of(c, name) > 0, name, "must be positive")
     not_negative = (
-        "objective.micro_batch_size objective.reference_every objective.beta optim.lr optim.clip_norm "
+        "objective.micro_batch_size train.pack_prompts objective.reference_every objective.beta optim.lr "
+        "optim.clip_norm "
         "optim.warmup_steps optim.weight_decay sampler.top_k sampler.slots eval.every eval.majority checkpoint.every "
         "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
@@ -700,17 +711,19 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
         "objective.outer_iterations",
         f"must divide train.steps={c.train.steps}, with objective.reference_every=0",
     )
-    minibatch, left = divmod(c.completions, o.minibatches)
+    what = "prompts" if c.train.share_prefix else "completions"
+    count = c.data.prompts_per_step if c.train.share_prefix else c.completions
     require(
-        left == 0,
+        count % o.minibatches == 0,
         "objective.minibatches",
-        f"must divide the {c.completions} completions (data.prompts_per_step={c.data.prompts_per_step} x "
-        f"sampler.group_size={c.sampler.group_size})",
+        f"must divide the {count} {what} of a step"
+        + (", or set train.share_prefix=False: minibatches are then made of completions" * c.train.share_prefix),
     )
     require(
-        o.micro_batch_size == 0 or minibatch % o.micro_batch_size == 0,
+        o.micro_batch_size == 0 or not c.train.share_prefix or o.micro_batch_size >= c.sampler.group_size,
         "objective.micro_batch_size",
-        f"must divide the {minibatch} completions of a minibatch",
+        f"must be 0 or at least sampler.group_size={c.sampler.group_size}: groups share their prompt in a gradient "
+        "pass; or set train.share_prefix=False",
     )
 
 

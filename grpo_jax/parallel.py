@@ -67,10 +67,18 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             raise InputError(
                 f"config: {name}.sft.batch_size={rows} must divide by the {shards} devices of mesh.data x mesh.fsdp"
             )
-    micro = config.objective.micro_batch_size or config.completions // config.objective.minibatches
-    if micro % shards:
+    micro, shared, group = config.objective.micro_batch_size, config.train.share_prefix, config.sampler.group_size
+    if micro % shards or (shared and micro and micro // shards < group):
+        least = f", with {group} completions of a group on each" * shared
         raise InputError(
-            f"config: objective.micro_batch_size={micro} must divide by the {shards} devices of mesh.data x mesh.fsdp"
+            f"config: objective.micro_batch_size={micro} must divide by the {shards} devices of mesh.data x "
+            f"mesh.fsdp{least}; or leave it 0"
+        )
+    parts, what = (prompts, "prompts") if shared else (config.completions, "completions")
+    if parts // shards % config.objective.minibatches:
+        raise InputError(
+            f"config: objective.minibatches={config.objective.minibatches} must divide the {parts // shards} {what} of "
+            f"each of the {shards} devices of mesh.data x mesh.fsdp"
         )
 
 
@@ -99,6 +107,11 @@ def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
         return NamedSharding(mesh, partition_spec(path_name(path), x.shape, mesh, drop))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts rows are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

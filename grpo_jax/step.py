@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.batches import TrainingBatch, by_row, join, loop, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
@@ -30,10 +31,19 @@ from grpo_jax.ops.gae import explained_variance, gae, token_rewards, value_losse
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import masked_mean, masked_select, safe_divide
 from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask, weighted_sum
-from grpo_jax.parallel import constrain_rows, path_name, replicated, row_sharding, sampling_layout, shardings
+from grpo_jax.ops.packing import Pack
+from grpo_jax.parallel import (
+    constrain_rows,
+    path_name,
+    replicated,
+    row_sharding,
+    row_shards,
+    sampling_layout,
+    shardings,
+)
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.sampler.pool import Filling, empty, filling_means, keep, round_prompts, wanting
-from grpo_jax.sampler.sample import anywhere, left_positions, sample
+from grpo_jax.sampler.sample import anywhere, sample
 from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
@@ -295,87 +305,29 @@ class Drawn(flax.struct.PyTreeNode):
     prompts: Int[Array, ""]
 
 
-class TrainingBatch(flax.struct.PyTreeNode):
-    """What the loss reads, row by row: prompt and completion as one sequence of P + T tokens."""
-
-    tokens: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-    targets: Int[Array, "B T"]
-    old_logps: Float[Array, "B T"]
-    sampled_logps: Float[Array, "B T"]
-    ref_logps: Float[Array, "B T"] | None
-    advantages: Float[Array, "B T"]
-    mask: Float[Array, "B T"]
-    weight: Float[Array, "B"]
-    policy_logps: Float[Array, "B T"] | None = None  # the trainer's own, before its first update
-    corrections: Float[Array, "B T"] | None = None
-    selected: Float[Array, "B T"] | None = None
-    old_values: Float[Array, "B T"] | None = None
-    returns: Float[Array, "B T"] | None = None
-
-
-def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
-    """The rollout as sequences; the loss mask leaves out filler and, when asked, what did not end."""
-    width = rollout.prompt_tokens.shape[1]
-    positions, segments = left_positions(rollout.prompt_lengths, width)
-    place = rollout.prompt_lengths[:, None] + jnp.arange(rollout.tokens.shape[1])[None, :]
-    counted = rollout.weight * (rollout.ended if mask_truncated else 1.0)
-    return TrainingBatch(
-        tokens=jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1),
-        positions=jnp.concatenate([positions, place], axis=1),
-        segments=jnp.concatenate([segments, rollout.mask.astype(jnp.int32)], axis=1),
-        targets=rollout.tokens,
-        old_logps=rollout.logps,
-        sampled_logps=rollout.sampled_logps,
-        ref_logps=None,
-        advantages=jnp.zeros_like(rollout.mask) if rollout.advantages is None else rollout.advantages,
-        mask=rollout.mask * counted[:, None],
-        weight=rollout.weight,
-    )
-
-
-def completion_hidden(parts: StepParts, variables: dict[str, Any], batch: TrainingBatch) -> Float[Array, "B T D"]:
-    """The hidden state before each completion token: the last prompt token's predicts the first of them."""
-    width = batch.tokens.shape[1] - batch.targets.shape[1]
-    return parts.module.apply(variables, batch.tokens, batch.positions, batch.segments)[:, width - 1 : -1]
+def completion_hidden(parts: StepParts, variables: dict[str, Any], pack: Pack) -> Float[Array, "D Q W"]:
+    """The hidden state before each completion token of a pack, in the order of `pack.targets`."""
+    return pack.predictions(parts.module.apply(variables, pack.tokens, pack.positions, pack.segments))
 
 
 def completion_logps(
-    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch, hidden: Float[Array, "B T D"] | None = None
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability and entropy at the sampling temperature of each completion token."""
-    hidden = completion_hidden(parts, variables, batch) if hidden is None else hidden
+    parts: StepParts, variables: dict[str, Any], pack: Pack, hidden: Float[Array, "D Q W"] | None = None
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probability and entropy at the sampling temperature of each completion token, a row a completion."""
+    hidden = completion_hidden(parts, variables, pack) if hidden is None else hidden
 
     def unembed(hidden: Array) -> Array:
         return parts.module.apply(variables, hidden, method="logits")
 
-    return token_logps(
+    laws = token_logps(
         hidden,
         unembed,
-        batch.targets,
+        pack.targets,
         parts.config.sampler.temperature,
         parts.config.model.logits_chunk,
         entropy_gradient=parts.config.objective.entropy_coef > 0,
     )
-
-
-def split(batch: Any, minibatches: int, micros: int) -> Any:
-    """[B, ...] to [minibatches, micros, rows, ...]: row b belongs to minibatch b % minibatches, whatever the micros.
-
-    Every piece takes rows at a stride, so that a split of the rows over devices gives each device its share of it.
-    """
-
-    def leaf(x: Array) -> Array:
-        rows = x.reshape(-1, micros, minibatches, *x.shape[1:])
-        return rows.swapaxes(0, 2)
-
-    return jax.tree.map(leaf, batch)
-
-
-def join(x: Array) -> Array:
-    """The inverse of `split` for one array: [minibatches, micros, rows, ...] to [B, ...]."""
-    return x.swapaxes(0, 2).reshape(-1, *x.shape[3:])
+    return by_row(pack, laws[0]), by_row(pack, laws[1])
 
 
 def update(
@@ -386,10 +338,8 @@ def update(
     `drawn` is what dynamic sampling tells; without it the rollout is all that was sampled.
     """
     objective = parts.config.objective
-    micro_rows = objective.micro_batch_size or rollout.tokens.shape[0] // objective.minibatches
-    micros = rollout.tokens.shape[0] // objective.minibatches // micro_rows
     batch = training_batch(rollout, objective.mask_truncated)
-    pieces = split(batch, objective.minibatches, micros)
+    pieces = split(batch, objective.minibatches, pack_shape(parts.config, row_shards(parts.mesh)))
     if state.reference is not None:
         pieces = pieces.replace(ref_logps=fixed_law(parts, {**state.frozen, **state.reference}, pieces)[0])
     pieces, corrected = with_sampled_law(parts, state, pieces)
@@ -434,13 +384,17 @@ class UpdateReport(flax.struct.PyTreeNode):
     nonfinite: Float[Array, "leaves"]
 
 
+def collected(parts: StepParts, make: Callable[[Pack], Any], pieces: TrainingBatch) -> Any:
+    """What `make` gives for the packs of every minibatch, leaves [R, T], as pieces [M, D, N, G, T]."""
+    shape = pack_shape(parts.config, row_shards(parts.mesh))
+    return jax.lax.map(lambda piece: make_packs(piece, shape).collect(make, parts.seed_axis), pieces)
+
+
 def fixed_law(
     parts: StepParts, variables: dict[str, Any], pieces: TrainingBatch
-) -> tuple[Float[Array, "M K r T"], Float[Array, "M K r T"]]:
-    """Log-probabilities and entropies by variables that the updates do not change, one micro-batch at a time."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
-    laws = jax.lax.map(lambda micro: completion_logps(parts, variables, micro), flat)
-    return jax.tree.map(lambda x: x.reshape(*pieces.targets.shape[:2], *x.shape[1:]), laws)
+) -> tuple[Float[Array, "M D N G T"], Float[Array, "M D N G T"]]:
+    """Log-probabilities and entropies by variables that the updates do not change, a pack at a time."""
+    return collected(parts, lambda pack: completion_logps(parts, variables, pack), pieces)
 
 
 def with_sampled_law(parts: StepParts, state: TrainState, pieces: TrainingBatch) -> tuple[TrainingBatch, Means]:
@@ -462,14 +416,14 @@ def with_sampled_law(parts: StepParts, state: TrainState, pieces: TrainingBatch)
 
 
 def completion_values(
-    parts: StepParts, variables: dict[str, Any], batch: TrainingBatch, hidden: Float[Array, "B T D"] | None = None
-) -> Float[Array, "B T"]:
+    parts: StepParts, variables: dict[str, Any], pack: Pack, hidden: Float[Array, "D Q W"] | None = None
+) -> Float[Array, "R T"]:
     """The critic's value before each completion token; `hidden` are the policy's states where they are there."""
     if parts.config.ppo.critic == "model":
-        hidden = completion_hidden(parts, {"params": variables["critic"]}, batch)
+        hidden = completion_hidden(parts, {"params": variables["critic"]}, pack)
     elif hidden is None:
-        hidden = completion_hidden(parts, variables, batch)
-    return read_values(variables, hidden)
+        hidden = completion_hidden(parts, variables, pack)
+    return by_row(pack, read_values(variables, hidden))
 
 
 def add_gae(
@@ -479,9 +433,8 @@ def add_gae(
     ppo, scores = parts.config.ppo, rollout.scores
     assert scores is not None
     variables = {**state.frozen, **state.trainable}
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
-    values = jax.lax.map(lambda micro: completion_values(parts, variables, micro), flat)
-    values, mask = join(values.reshape(pieces.targets.shape)), rollout.mask * rollout.weight[:, None]
+    values = join(collected(parts, lambda pack: completion_values(parts, variables, pack), pieces))
+    mask = rollout.mask * rollout.weight[:, None]
     penalty = None
     if ppo.kl_in_reward:
         assert pieces.ref_logps is not None
@@ -496,17 +449,18 @@ def add_gae(
         "value/explained_variance": (explained_variance(values, returns, mask), 1.0),
     }
     advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
-    made = split({"advantages": advantages, "old_values": values, "returns": returns}, *pieces.targets.shape[:2])
+    made = {"advantages": advantages, "old_values": values, "returns": returns}
+    made = split(made, pieces.tokens.shape[0], pack_shape(parts.config, row_shards(parts.mesh)))
     return rollout.replace(advantages=advantages), pieces.replace(**made), means
 
 
 def micro_loss(
-    trainable: Any, parts: StepParts, frozen: Any, micro: TrainingBatch
+    trainable: Any, parts: StepParts, frozen: Any, pack: Pack, micro: TrainingBatch
 ) -> tuple[Float[Array, ""], tuple[Means, Array]]:
-    """The objective's numerator over a micro-batch, its metrics, and the largest gap to the sampler."""
+    """The objective's numerator over the rows of a pack, its metrics, and the largest gap to the sampler."""
     variables, objective = {**frozen, **trainable}, parts.config.objective
-    hidden = completion_hidden(parts, variables, micro)
-    logps, entropy = completion_logps(parts, variables, micro, hidden)
+    hidden = completion_hidden(parts, variables, pack)
+    logps, entropy = completion_logps(parts, variables, pack, hidden)
     if parts.config.ppo.kl_in_reward:
         objective = dataclasses.replace(objective, beta=0.0)  # its KL is a metric alone
     terms = policy_loss_terms(
@@ -529,17 +483,17 @@ def micro_loss(
         "sampler_gap/mean": (jnp.sum(gap), count),
     }
     if micro.returns is not None:
-        value_numerator, value_means = value_terms(parts, variables, micro, hidden)
+        value_numerator, value_means = value_terms(parts, variables, pack, micro, hidden)
         numerator, means = numerator + parts.config.ppo.vf_coef * value_numerator, means | value_means
     return numerator, (means, jnp.max(gap))
 
 
 def value_terms(
-    parts: StepParts, variables: dict[str, Any], micro: TrainingBatch, hidden: Float[Array, "b T D"]
+    parts: StepParts, variables: dict[str, Any], pack: Pack, micro: TrainingBatch, hidden: Float[Array, "D Q W"]
 ) -> tuple[Float[Array, ""], Means]:
-    """The value loss of a micro-batch, its tokens weighed as the policy's are, and its metrics."""
+    """The value loss of a pack, its tokens weighed as the policy's are, and its metrics."""
     assert micro.returns is not None and micro.old_values is not None
-    values = completion_values(parts, variables, micro, hidden)
+    values = completion_values(parts, variables, pack, hidden)
     clip = parts.config.ppo.cliprange_value
     losses, clipped = value_losses(values, micro.old_values, micro.returns, micro.mask, clip)
     numerator = weighted_sum(losses, micro.mask, parts.config.objective, micro.weight)
@@ -549,10 +503,10 @@ def value_terms(
 
 
 def update_once(
-    parts: StepParts, state: TrainState, micros: TrainingBatch, divisor: Array, failed: Array
+    parts: StepParts, state: TrainState, piece: TrainingBatch, divisor: Array, failed: Array
 ) -> tuple[TrainState, UpdateReport]:
-    """One optimizer update from micro-batches [K, r, ...]; skipped when anything is not finite."""
-    loss, gradient, means, gap = minibatch_gradient(parts, state, micros, divisor)
+    """One optimizer update from a minibatch [D, N, G, ...]; skipped when anything is not finite."""
+    loss, gradient, means, gap = minibatch_gradient(parts, state, piece, divisor)
     squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)])
     norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~failed
@@ -574,19 +528,27 @@ def update_once(
 
 
 def minibatch_gradient(
-    parts: StepParts, state: TrainState, micros: TrainingBatch, divisor: Array
+    parts: StepParts, state: TrainState, piece: TrainingBatch, divisor: Array
 ) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
-    """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its micro-batches."""
+    """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its packs."""
+    packs = make_packs(piece, pack_shape(parts.config, row_shards(parts.mesh)))
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
 
-    def accumulate(total: Any, micro: TrainingBatch) -> tuple[Any, tuple[Array, Means, Array]]:
-        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        (numerator, (means, gap)), gradient = value_and_grad(state.trainable, parts, state.frozen, micro)
-        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, gradient), (numerator, means, gap)
+    def told(number: Array) -> tuple[tuple[Array, tuple[Means, Array]], Any]:
+        return value_and_grad(state.trainable, parts, state.frozen, *packs.pick(number))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-    total, (numerators, means, gaps) = jax.lax.scan(accumulate, zeros, micros)
-    gradient = jax.tree.map(lambda g: safe_divide(g, divisor), total)
-    return safe_divide(jnp.sum(numerators), divisor), gradient, jax.tree.map(jnp.sum, means), jnp.max(gaps)
+    def add(number: Array, total: tuple[Any, Array, Means, Array]) -> tuple[Any, Array, Means, Array]:
+        (numerator, (means, gap)), gradient = told(number)
+        gradient = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[0], gradient)
+        means = jax.tree.map(lambda a, m: a + m, total[2], means)
+        return gradient, total[1] + numerator, means, jnp.maximum(total[3], gap)
+
+    (numerator, (means, gap)), _ = jax.eval_shape(told, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (numerator, means, gap))
+    gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+    gradient, numerator, means, gap = loop(packs.count, add, (gradient, *zeros), parts.seed_axis)
+    gradient = jax.tree.map(lambda g: safe_divide(g, divisor), gradient)
+    return safe_divide(numerator, divisor), gradient, means, gap
 
 
 def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:

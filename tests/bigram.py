@@ -116,13 +116,19 @@ def loss_and_gradient(table, reference, rollout, rows, config, made=None):
     return loss, gradient
 
 
+def minibatch_rows(config, count: int, number: int) -> np.ndarray:
+    """Every so-manieth group, or completion where prompts are not shared."""
+    unit = config.sampler.group_size if config.train.share_prefix else 1
+    return np.flatnonzero(np.arange(count) // unit % config.objective.minibatches == number)
+
+
 def descend(table, reference, rollout, config, lr):
     """The table after every epoch and minibatch of gradient descent, and the losses along the way."""
     table, losses = np.asarray(table, np.float64), []
     made = beside(table, rollout, config)
     for _ in range(config.objective.num_iterations):
         for m in range(config.objective.minibatches):
-            rows = np.arange(m, len(rollout.lengths), config.objective.minibatches)
+            rows = minibatch_rows(config, len(rollout.lengths), m)
             loss, gradient = loss_and_gradient(table, reference, rollout, rows, config, made)
             table = table - lr * gradient
             losses.append(loss)

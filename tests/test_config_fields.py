@@ -27,6 +27,7 @@ import pytest
 import tiny
 
 from grpo_jax import cli, metrics
+from grpo_jax.batches import join, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import CodeConfig, Config, LogConfig, OptimConfig, field_names, parse_duration, value_of
 from grpo_jax.data.arithmetic import worked_sums
 from grpo_jax.data.prompts import make_batch
@@ -62,8 +63,6 @@ from grpo_jax.step import (
     refresh_reference,
     sample_rollout,
     sampling_variables,
-    split,
-    training_batch,
     update,
 )
 from grpo_jax.terminal import Terminal
@@ -206,6 +205,19 @@ def bigram_parts(**fields):
         **fields,
     )
     return dataclasses.replace(tiny.parts(config, optimizer=optax.sgd(0.1)), module=Bigram())
+
+
+def packs_of(parts, rollout):
+    """The packs of a rollout that is one minibatch, all of it in one."""
+    shape = dataclasses.replace(pack_shape(parts.config, 1), rows=4, prompts=2)
+    return make_packs(jax.tree.map(lambda x: x[0], split(training_batch(rollout, False), 1, shape)), shape)
+
+
+def packs_of_config(parts):
+    """The same packs in the shape that the config asks for."""
+    shape = pack_shape(parts.config, 1)
+    pieces = split(training_batch(hand_made_rollout(parts.config), False), 1, shape)
+    return make_packs(jax.tree.map(lambda x: x[0], pieces), shape)
 
 
 def bigram_state(parts):
@@ -663,7 +675,7 @@ def test_temperature():
     parts = bigram_parts(**{"sampler.temperature": 2.0})
     rollout = hand_made_rollout(parts.config)
     variables = {"params": {"embed": {"embedding": jnp.asarray(EMBEDDING)}}}
-    logps, _ = completion_logps(parts, variables, training_batch(rollout, False))
+    logps, _ = completion_logps(parts, variables, packs_of(parts, rollout).pick(0)[0])
     before = np.concatenate([rollout.prompt_tokens[:, 1:], rollout.tokens[:, :-1]], axis=1)
     want = np.take_along_axis(log_softmax(EMBEDDING[before] @ EMBEDDING.T / 2), rollout.tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(logps, want, atol=1e-5)
@@ -1036,20 +1048,29 @@ def test_minibatches():
     assert not np.allclose(embedding_of(one[0]), embedding_of(two[0]))
 
 
-@flips("objective.micro_batch_size")
-def test_micro_batch_size():
+@flips("objective.micro_batch_size", "train.share_prefix", "train.pack_prompts")
+def test_shapes_of_gradient_passes(name):
     """Other passes, same update."""
 
-    def passes(**fields):
-        parts = bigram_parts(**fields)
-        state = jax.eval_shape(lambda: bigram_state(parts))
-        text = str(jax.make_jaxpr(functools.partial(update, parts))(state, hand_made_rollout(parts.config)))
-        return re.findall(r"length=(\d+)", text)
+    def columns(**fields):
+        """Positions that the embedding of one gradient pass looks up."""
+        pack = jax.eval_shape(lambda: packs_of_config(bigram_parts(**fields)).pick(0)[0])
+        return pack.tokens.shape
 
-    assert "4" not in passes() and "4" in passes(**{"objective.micro_batch_size": 1})
-    whole, cut = updated(), updated(**{"objective.micro_batch_size": 1})
-    assert int(cut[0].updates) == 1
-    np.testing.assert_allclose(embedding_of(whole[0]), embedding_of(cut[0]), atol=1e-6)
+    fields = {
+        "objective.micro_batch_size": {name: 4},
+        "train.share_prefix": {name: False},
+        "train.pack_prompts": {name: 2},
+    }[name]
+    want = {
+        "objective.micro_batch_size": (1, 2 * 2 + 4 * 3),  # two prompts of 2 tokens, four rows of 3
+        "train.share_prefix": (1, 2 + 3),  # one row
+        "train.pack_prompts": (1, 2 * 2 + 2 * 3),
+    }[name]
+    assert columns() == (1, 2 + 2 * 3) and columns(**fields) == want
+    plain, other = updated(), updated(**fields)
+    assert int(other[0].updates) == 1
+    np.testing.assert_allclose(embedding_of(plain[0]), embedding_of(other[0]), atol=1e-6)
 
 
 @flips("objective.reference_every")
@@ -1099,7 +1120,7 @@ def critic_parts(**fields):
     state = state.replace(
         trainable=state.trainable | {"value_head": head}, reference={"params": {"embed": {"embedding": -EMBEDDING}}}
     )
-    pieces = split(training_batch(hand_made_rollout(parts.config), False), 1, 1)
+    pieces = split(training_batch(hand_made_rollout(parts.config), False), 1, pack_shape(parts.config, 1))
     return parts, state, pieces.replace(ref_logps=pieces.old_logps * 1.5)
 
 
@@ -1114,7 +1135,7 @@ def targets(**fields):
     rewards = numpy_gae.token_rewards(rollout.scores.values[:, 0], rollout.mask, penalty)
     raw = numpy_gae.gae(rewards, values, rollout.mask, ppo.gamma, ppo.lam)
     white = (raw - raw.mean()) / raw.std(ddof=1) if ppo.whiten_advantages else raw
-    return np.asarray(told.advantages), np.asarray(pieces.returns[0, 0]), white, raw + values
+    return np.asarray(told.advantages), np.asarray(join(pieces.returns)), white, raw + values
 
 
 PPO_VALUES = {"ppo.gamma": 0.5, "ppo.lam": 0.5, "ppo.whiten_advantages": False, "ppo.kl_in_reward": True}
@@ -1143,10 +1164,11 @@ def value_numerator(**fields):
     found = []
     for weight in (0.0, None):
         parts, state, pieces = critic_parts(**{**fields, **({} if weight is None else {"ppo.vf_coef": weight})})
-        micro = jax.tree.map(lambda x: x[0, 0], pieces)
-        values = completion_values(parts, state.trainable, micro)
+        shape = dataclasses.replace(pack_shape(parts.config, 1), rows=4, prompts=2)  # all of it in one pack
+        pack, micro = make_packs(jax.tree.map(lambda x: x[0], pieces), shape).pick(0)
+        values = completion_values(parts, state.trainable, pack)
         micro = micro.replace(old_values=values + 0.5, returns=values - 1.0)
-        found.append(float(micro_loss(state.trainable, parts, state.frozen, micro)[0]))
+        found.append(float(micro_loss(state.trainable, parts, state.frozen, pack, micro)[0]))
     return found[1] - found[0]
 
 

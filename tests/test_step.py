@@ -13,6 +13,7 @@ import optax
 import pytest
 import tiny
 
+from grpo_jax.batches import PackShape, join, pack_shape, split, training_batch
 from grpo_jax.metrics import CompileCounter, Fetcher, divide
 from grpo_jax.parallel import path_name
 from grpo_jax.step import (
@@ -22,8 +23,6 @@ from grpo_jax.step import (
     refresh_reference,
     sample_rollout,
     score_rollout,
-    split,
-    training_batch,
     update,
 )
 
@@ -61,15 +60,14 @@ def first_gradient(state, config):
 ONE_LAYER = tiny.architecture(layers=1)
 SMALL = {"data.prompts_per_step": 8, "sampler.group_size": 2, "sampler.max_new_tokens": 4, "optim.clip_norm": 0.0}
 STEPS, LEARNING = 7, 4
-RUN = tiny.config(
-    **{
-        "objective.beta": 0.04,
-        "objective.reference_every": LEARNING,
-        "optim.schedule": "linear",  # 1e-2 at the first update, 0 after LEARNING
-        "optim.clip_norm": 0.0,
-        "train.steps": LEARNING,
-    }
-)
+RUN_FIELDS = {
+    "objective.beta": 0.04,
+    "objective.reference_every": LEARNING,
+    "optim.schedule": "linear",  # 1e-2 at the first update, 0 after LEARNING
+    "optim.clip_norm": 0.0,
+    "train.steps": LEARNING,
+}
+RUN = tiny.config(**RUN_FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -253,22 +251,36 @@ def test_staged_equals_fused(run):
 
 
 @functools.cache
-def gradient_in_pairs():
-    """(loss, gradient) of a rollout whose reference is the policy, jitted, in micro-batches of two rows."""
+def gradient_in_packs(**fields):
+    """(loss, gradient) of a rollout whose reference is the policy, jitted, in packs of the shape that fields say."""
     parts = tiny.parts(RUN, ONE_LAYER)
     state = tiny.state(parts)
+    parts = dataclasses.replace(parts, config=tiny.config(**RUN_FIELDS, **fields))
 
     @jax.jit
     def compute(rollout):
         batch = training_batch(rollout, False).replace(ref_logps=rollout.logps)
-        micros = jax.tree.map(lambda x: x[0], split(batch, 1, len(rollout.lengths) // 2))
-        return minibatch_gradient(parts, state, micros, jnp.sum(rollout.mask))[:2]
+        piece = jax.tree.map(lambda x: x[0], split(batch, 1, pack_shape(parts.config, 1)))
+        return minibatch_gradient(parts, state, piece, jnp.sum(rollout.mask))[:2]
 
     return lambda rollout: jax.device_get(compute(rollout))
 
 
-def test_micro_batches_of_any_size_give_one_gradient_of_the_decoder(run):
-    loss, gradient = gradient_in_pairs()(run.rollouts[0])
+PLAIN = {"train.share_prefix": False}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective.micro_batch_size": 8},
+        {"objective.micro_batch_size": 5, "train.pack_prompts": 2},
+        PLAIN | {"objective.micro_batch_size": 1},
+        PLAIN | {"objective.micro_batch_size": 3, "train.pack_prompts": 4},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_packs_of_any_shape_give_one_gradient_of_the_decoder(run, fields):
+    loss, gradient = gradient_in_packs(**fields)(run.rollouts[0])
     assert loss == pytest.approx(run.metrics[0]["loss"], rel=1e-5) and abs(loss) > 1e-3
     assert relative_error(gradient, first_gradient(run.states[1], RUN)) < 1e-5
 
@@ -284,7 +296,8 @@ def test_what_stands_in_padding_changes_no_bit_of_the_gradient(run):
         advantages=np.where(padding, 100, rollout.advantages).astype(np.float32),
         prompt_tokens=np.where(prompt_padding, 6, rollout.prompt_tokens),
     )
-    assert_bitwise(gradient_in_pairs()(junk), gradient_in_pairs()(rollout))
+    for fields in ({"objective.micro_batch_size": 8}, PLAIN | {"objective.micro_batch_size": 1}):
+        assert_bitwise(gradient_in_packs(**fields)(junk), gradient_in_packs(**fields)(rollout))
 
 
 # Updates against numpy: all losses, minibatches, epochs, micro-batches, clipping, filler, truncation.
@@ -311,7 +324,9 @@ def recorded():
 
 def descended(rollout, fields, **more):
     """(config, table after `update` by gradient descent, metrics, state), from policy 0 and reference 1."""
-    config = tiny.config(**UPDATE, **more, **{f"objective.{name}": value for name, value in fields.items()})
+    config = tiny.config(
+        **UPDATE, **more, **{name if "." in name else f"objective.{name}": value for name, value in fields.items()}
+    )
     parts = bigram.parts(config, optimizer=optax.sgd(3.0))
     state = tiny.state(parts, {"params": bigram.params(0)})
     state = state.replace(reference={"params": bigram.params(1)})
@@ -336,9 +351,9 @@ def clear_share(recorded):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"loss_type": "grpo", "minibatches": 2, "num_iterations": 2, "micro_batch_size": 2},
+        {"loss_type": "grpo", "minibatches": 2, "num_iterations": 2, "micro_batch_size": 2, **PLAIN},
         {"loss_type": "bnpo", "minibatches": 2, "micro_batch_size": 4, "mask_truncated": True},
-        {"loss_type": "dapo", "minibatches": 4, "micro_batch_size": 1, "epsilon_high": 0.4},
+        {"loss_type": "dapo", "minibatches": 4, "micro_batch_size": 1, "epsilon_high": 0.4, **PLAIN},
         {"loss_type": "dapo", "num_iterations": 3},
         {"loss_type": "dr_grpo", "minibatches": 2, "micro_batch_size": 8, "epsilon": 0.1},
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05},
@@ -348,6 +363,7 @@ def clear_share(recorded):
             "minibatches": 2,
             "micro_batch_size": 2,
             "num_iterations": 2,
+            **PLAIN,
         },
         {
             "loss_type": "bnpo",
@@ -376,7 +392,7 @@ def test_updates_against_numpy(recorded, fields):
     if fields.get("correction", "none") == "none":  # else the trainer's own law is the ratio's denominator
         assert metrics["clip/low"] + metrics["clip/high"] > 0.05
     # The gap is that of the first minibatch, before its update.
-    rows = np.arange(0, 16, config.objective.minibatches)
+    rows = bigram.minibatch_rows(config, 16, 0)
     mask = (np.arange(6) < recorded.lengths[:, None]) * recorded.weight[:, None]
     if config.objective.mask_truncated:
         mask = mask * recorded.ended[:, None]
@@ -411,6 +427,7 @@ def test_options_of_the_loss_on_eight_devices(recorded):
         "entropy_coef": 0.1,
         "loss_type": "grpo",
         "minibatches": 2,
+        **PLAIN,
     }
     alone, spread = (descended(recorded, fields, **{"mesh.data": devices}) for devices in (1, 8))
     start = bigram.params(0)["table"]
@@ -484,18 +501,19 @@ def test_the_end_token_is_trained_on(recorded):
     assert relative_error(table - tables[0], want) < 1e-5 < 0.05 < relative_error(without, want)
 
 
-def test_pieces_are_the_same_minibatches_whatever_the_micro_batches():
+def test_pieces_are_the_same_minibatches_on_any_devices():
     rows = {"x": np.arange(24), "y": np.arange(48).reshape(24, 2)}
-    for minibatches, micros in ((1, 1), (2, 1), (2, 3), (4, 2), (3, 8)):
-        pieces = split(rows, minibatches, micros)
-        assert pieces["x"].shape == (minibatches, micros, 24 // minibatches // micros)
+    for parts, group, minibatches in ((1, 4, 1), (2, 4, 3), (2, 1, 4), (1, 1, 3), (3, 2, 2)):
+        shape = PackShape(parts, group, group, 1, group > 1)
+        pieces = split(rows, minibatches, shape)
+        assert pieces["x"].shape == (minibatches, parts, 24 // minibatches // parts // group, group)
         np.testing.assert_array_equal(pieces["y"][..., 0], 2 * pieces["x"])
+        np.testing.assert_array_equal(join(pieces["y"]), rows["y"])
         for m in range(minibatches):
-            assert sorted(pieces["x"][m].ravel().tolist()) == list(range(m, 24, minibatches))
-        # Contiguous shards of the rows hold an equal share of every piece.
-        shard = np.asarray(pieces["x"]) // 12
-        if pieces["x"].shape[2] % 2 == 0:
-            assert (shard.sum(-1) * 2 == pieces["x"].shape[2]).all()
+            held = sorted(pieces["x"][m].ravel().tolist())
+            assert held == [b for b in range(24) if b // group % minibatches == m]
+        for part in range(parts):  # contiguous shards of the rows
+            assert (pieces["x"][:, part] // (24 // parts) == part).all()
 
 
 # What must not be learnt from. One program of the bigram table with a host reward that can be told to fail.

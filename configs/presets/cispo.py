@@ -28,7 +28,7 @@ def get_config():
     c.objective.overlong_cache = 4096  # the length penalty of DAPO
     c.objective.num_iterations = 1
     c.objective.minibatches = 16  # 16 rounds of off-policy updates a batch
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 1e-6  # not stated

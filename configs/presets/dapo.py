@@ -31,7 +31,7 @@ def get_config():
     c.objective.overlong_cache = 4096  # eq. 13, soft overlong punishment
     c.objective.num_iterations = 1
     c.objective.minibatches = 16  # "16 gradient updates for each rollout step"
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.name = "adamw"

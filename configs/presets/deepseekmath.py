@@ -30,7 +30,7 @@ def get_config():
     c.objective.num_iterations = 1  # "a single update following each exploration stage"
     c.objective.minibatches = 1
     c.objective.outer_iterations = 1  # iterative GRPO (section 4.1.4): 2 or more, of train.steps in all
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 1e-6  # "the learning rate of the policy model is 1e-6"

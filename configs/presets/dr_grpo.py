@@ -28,7 +28,7 @@ def get_config():
     c.objective.beta = 0.0
     c.objective.num_iterations = 1  # num_ppo_epochs
     c.objective.minibatches = 8  # train_batch_size 128, of 1,024 completions
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 1e-6

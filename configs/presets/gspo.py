@@ -29,7 +29,7 @@ def get_config():
     c.objective.advantage_epsilon = 0.0  # none in the formula
     c.objective.num_iterations = 1
     c.objective.minibatches = 4  # "each batch of rollout data is partitioned into four minibatches"
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 1e-6  # not stated

@@ -31,7 +31,7 @@ def get_config():
     c.objective.num_iterations = 1  # "a single inner epoch"
     c.objective.minibatches = 16  # "split into 16 minibatches"
     c.objective.reference_every = 25  # "every 400 steps, we replace the reference model with the latest policy"
-    c.objective.micro_batch_size = 16  # memory alone
+    c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 3e-6

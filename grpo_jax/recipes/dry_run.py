@@ -2,11 +2,12 @@
 
 import jax
 
+from grpo_jax.batches import pack_shape
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import parameter_table
-from grpo_jax.parallel import check_batch, make_mesh, partition_spec
+from grpo_jax.parallel import check_batch, make_mesh, partition_spec, row_shards
 from grpo_jax.recipes.grpo import check_inputs, read_rows, show_parameters
 from grpo_jax.terminal import Terminal
 
@@ -24,10 +25,11 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
         f"{mesh.size} x {jax.devices()[0].device_kind}",
     )
     minibatch = config.completions // o.minibatches
-    micro = o.micro_batch_size or minibatch
+    shape = pack_shape(config, row_shards(mesh))
     terminal.say(
-        f"{o.num_iterations} epochs x {o.minibatches} minibatches of {minibatch} completions, {minibatch // micro} "
-        f"micro-batches of {micro} each; {config.train.steps * o.num_iterations * o.minibatches} optimizer updates"
+        f"{o.num_iterations} epochs x {o.minibatches} minibatches of {minibatch} completions, gradient passes over "
+        f"{shape.rows * shape.parts} rows of full length; {config.train.steps * o.num_iterations * o.minibatches} "
+        "optimizer updates"
     )
     terminal.say(f"{len(rows['train'])} training rows, {len(rows['eval'])} held out")
     terminal.say(

@@ -218,7 +218,9 @@ class _Drawing:
 class _Refill:
     """Gives free slots the next completions; `queue` holds each shard's completions, real ones first."""
 
-    def __init__(self, prompts: Cache, hidden: Array, unembed: Any, filler: Array, draw: _Drawing, group: int, shards: int):
+    def __init__(
+        self, prompts: Cache, hidden: Array, unembed: Any, filler: Array, draw: _Drawing, group: int, shards: int
+    ):
         self.prompts, self.hidden, self.unembed, self.draw = prompts, hidden, unembed, draw
         self.group, self.shards = group, shards
         by_shard = filler.reshape(shards, -1)
