@@ -160,6 +160,7 @@ def test_loss_and_metrics_against_numpy(run, step):
         "groups/all_wrong": (odd < 1).reshape(2, 4).all(1).sum(),
         "advantage/mean_abs": np.abs(scaled.reshape(-1, 1) * mask).sum() / mask.sum(),
         "tokens": mask.sum(),
+        "occupancy": (rollout.lengths - 1).mean() / max(rollout.lengths.max() - 1, 1),
         "ratio/mean": 1,
         "clip/low": 0,
         "clip/high": 0,
