@@ -1,6 +1,8 @@
 """Chat templates rendered as transformers renders them; tokenizers from GGUF metadata; decoding in pieces."""
 
 import datetime
+import hashlib
+import importlib.util
 import json
 import pathlib
 import random
@@ -15,6 +17,7 @@ from grpo_jax.text import Tokenizer, encode_prompt, render, templates, train_sen
 
 HERE = pathlib.Path(__file__).parent / "templates"
 STORED = json.loads((HERE / "renderings.json").read_text("utf-8"))
+OWN = json.loads((HERE / "own.json").read_text("utf-8"))
 
 
 class Day(datetime.datetime):
@@ -40,13 +43,30 @@ class Spelled:
 @pytest.mark.parametrize("name", sorted(path.stem for path in HERE.glob("*.jinja")))
 def test_templates_render_as_in_transformers(name, monkeypatch):
     """Text for text, and what transformers refuses is refused."""
+    refused = compare(monkeypatch, name, (HERE / f"{name}.jinja").read_text("utf-8"), STORED["renderings"])
+    assert refused == {"gemma": 4, "mistral": 4}.get(name, 0)
+
+
+@pytest.mark.parametrize("name", sorted(OWN["sha256"]))
+def test_models_own_templates_render_as_in_transformers(name, monkeypatch):
+    """The templates of Llama 3, Qwen2.5, Qwen3, Gemma, Phi-3 and DeepSeek as trl ships them."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None:
+        pytest.skip("trl, which ships models' own templates, is not installed (pip install --no-deps trl)")
+    template = pathlib.Path(spec.submodule_search_locations[0], "chat_templates", f"{name}.jinja").read_bytes()
+    if hashlib.sha256(template).hexdigest() != OWN["sha256"][name]:
+        pytest.skip(f"this trl ships another {name}.jinja than the one of the stored renderings")
+    assert compare(monkeypatch, name, template.decode(), OWN["renderings"]) <= 8
+
+
+def compare(monkeypatch, name: str, template: str, stored: dict) -> int:
+    """Our renderings against the stored ones; how many chats both refuse."""
     monkeypatch.setattr(templates.datetime, "datetime", Day)
     templates._compiled.cache_clear()
-    draw = templates.template_named("chat", Spelled((HERE / f"{name}.jinja").read_text("utf-8")))  # pyright: ignore
-    refused = 0
+    draw, refused = templates.template_named("chat", Spelled(template)), 0  # pyright: ignore[reportArgumentType]
     for chat, messages in STORED["chats"].items():
         for key, prompted in (("bare", False), ("prompted", True)):
-            want = STORED["renderings"][f"{name}/{chat}/{key}"]
+            want = stored[f"{name}/{chat}/{key}"]
             if want is None:
                 refused += 1
                 with pytest.raises(InputError, match="refuses the messages"):
@@ -54,7 +74,7 @@ def test_templates_render_as_in_transformers(name, monkeypatch):
             else:
                 assert draw(messages, prompted) == want
     templates._compiled.cache_clear()
-    assert refused == {"gemma": 4, "mistral": 4}.get(name, 0)
+    return refused
 
 
 def test_the_stored_renderings_are_of_these_templates_and_tell_them_apart():
