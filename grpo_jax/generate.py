@@ -19,7 +19,6 @@ from grpo_jax.errors import InputError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.loading import load_model
-from grpo_jax.models.lora import merge
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.stops import stop_table
@@ -40,8 +39,7 @@ def load(path: str, dtype: str = "float32", precision: str = "highest") -> "Mode
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={dtype!r} is not float32 or bfloat16: use one of them")
     loaded = load_model(path)
-    params = loaded.params if loaded.adapters is None else merge(loaded.params, loaded.adapters)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), loaded.params)
     return Model(loaded.architecture, params, loaded.tokenizer, dtype, precision)
 
 
@@ -98,7 +96,7 @@ class Model:
         out of range.
         """
         if isinstance(prompts, str) or not all(isinstance(p, str | list | tuple) for p in prompts):
-            raise InputError(f"prompts={str(prompts)[:60]!r} must be a list of texts or of lists of messages")
+            raise InputError(f"prompts={repr(prompts)[:60]} must be a list of texts or of lists of messages")
         config = SamplerConfig(
             group_size=n,
             max_new_tokens=max_new_tokens,

@@ -12,6 +12,7 @@ from grpo_jax.models import hub, peft, runs
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.gguf import architecture_and_params, read_gguf
 from grpo_jax.models.huggingface import read_folder
+from grpo_jax.models.lora import merge
 from grpo_jax.text import Tokenizer
 
 
@@ -19,7 +20,7 @@ from grpo_jax.text import Tokenizer
 class LoadedModel:
     """Parameters are numpy float32 in the tree of `Architecture`; `source` is the file or folder read.
 
-    `adapters` are the collections `adapters` and `adapter_scales` of a PEFT folder; None where there are none.
+    `adapters` are the collections `adapters` and `adapter_scales` of a PEFT folder, where they were kept.
     """
 
     architecture: Architecture
@@ -29,22 +30,30 @@ class LoadedModel:
     adapters: dict[str, Any] | None = None
 
 
-def load_model(path: str) -> LoadedModel:
-    """A model from whatever `model.path` takes; raises InputError naming what is wrong with it.
+def load_model(path: str, keep_adapters: bool = False) -> LoadedModel:
+    """A model from whatever `model.path` takes, adapters merged; raises InputError naming what is wrong with it.
 
     That is a Hugging Face folder, a PEFT folder (its base is loaded too), a .gguf file, a run or a checkpoint of
-    one, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct (@revision may follow), or 'smollm2-135m'.
+    one, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct (@revision may follow), or 'smollm2-135m'. With `keep_adapters`
+    they stay beside the base, for a run that trains them on.
     """
+    found = _load(path)
+    if keep_adapters or found.adapters is None:
+        return found
+    return dataclasses.replace(found, params=merge(found.params, found.adapters), adapters=None)
+
+
+def _load(path: str) -> LoadedModel:
     source = path
     if path == hub.SMOLLM2:
         source = hub.smollm2()
     elif hub.is_hub_id(path):
         source = hub.fetch_from_hub(path)
     if peft.is_adapters(source):
-        base = load_model(peft.base_of(source))
+        base = _load(peft.base_of(source))
         return dataclasses.replace(base, adapters=peft.read_adapters(source, base.architecture))
     if os.path.isdir(source) and (checkpoint := runs.find_checkpoint(source)) is not None:
-        base = load_model(checkpoint.base)
+        base = _load(checkpoint.base)
         params, adapters = runs.trained_params(checkpoint, base.params)
         return dataclasses.replace(base, params=params, adapters=adapters, source=source)
     return _from_files(path, source)

@@ -235,6 +235,8 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     terminal = terminal or Terminal()
     if not config.model.path:
         raise InputError("config: model.path='' names no model to train")
+    if config.lora.rank:
+        raise InputError(f"config: lora.rank={config.lora.rank}: dpo trains all parameters: set it 0")
     mesh = make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.dpo.batch_size % shards:

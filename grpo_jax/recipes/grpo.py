@@ -162,7 +162,7 @@ def check_inputs(
         build_scorer(config.rewards, [b""], rows[split], lambda ids: "", mesh, dict(rewards) if rewards else None)
     if not config.model.path:
         return None
-    model = with_end_tokens(load_model(config.model.path), config)
+    model = with_end_tokens(load_model(config.model.path, keep_adapters=config.lora.rank > 0), config)
     prepare(config, model, rows, mesh, rewards)
     return model
 

@@ -252,7 +252,7 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.sft.batch_size % shards:
         raise InputError(f"config: sft.batch_size={config.sft.batch_size} must divide by the {shards} devices")
-    model = load_model(config.model.path)
+    model = load_model(config.model.path, keep_adapters=config.lora.rank > 0)
     tokenizer = model.tokenizer.with_end_tokens(config.text.end_tokens)
     examples = read_chats(config.sft.path, config.text, tokenizer, config.sft.max_length)
     open_workdir(workdir, config)

@@ -17,7 +17,7 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.models.lora import freeze, merge, split_variables
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.parallel import make_mesh
-from grpo_jax.recipes import grpo, sft
+from grpo_jax.recipes import dpo, grpo, sft
 from grpo_jax.rewards.verifiers import byte_table
 from grpo_jax.text import Tokenizer, train_sentencepiece
 
@@ -95,7 +95,7 @@ def test_checkpoints_hold_adapters_and_no_base(lora_run):
 def test_what_a_run_leaves_is_its_policy(lora_run, base):
     """The run's folder, its newest checkpoint and the PEFT folder: base and adapters of the last step."""
     loaded = load_model(base)
-    policy = load_model(str(lora_run))
+    policy = load_model(str(lora_run), keep_adapters=True)
     assert policy.adapters is not None
     jax.tree.map(np.testing.assert_array_equal, policy.params, merge(freeze(loaded.params, "int8"), NOTHING))
     adapters = policy.adapters["adapters"]
@@ -103,18 +103,21 @@ def test_what_a_run_leaves_is_its_policy(lora_run, base):
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), adapters, fresh)
     assert all(jax.tree.leaves(moved))
     for other in (str(lora_run / "checkpoints"), str(lora_run / "checkpoints" / "4")):
-        again = load_model(other).adapters
+        again = load_model(other, keep_adapters=True).adapters
         assert again is not None
         jax.tree.map(np.testing.assert_array_equal, again, policy.adapters)
-    early = load_model(str(lora_run / "checkpoints" / "2")).adapters
+    early = load_model(str(lora_run / "checkpoints" / "2"), keep_adapters=True).adapters
     assert early is not None
     layer = ("stack_0", "mlp", "up", "b")
     pick = [tree[layer[0]][layer[1]][layer[2]][layer[3]] for tree in (early["adapters"], adapters)]
     assert (pick[0] != pick[1]).any()
     written = read_adapters(str(lora_run / "adapter"), loaded.architecture)
     jax.tree.map(np.testing.assert_array_equal, written, policy.adapters)
-    peft = load_model(str(lora_run / "adapter"))
+    peft = load_model(str(lora_run / "adapter"), keep_adapters=True)
     jax.tree.map(np.testing.assert_array_equal, peft.params, loaded.params)
+    merged = load_model(str(lora_run))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, merge(policy.params, policy.adapters))
+    assert merged.adapters is None
 
 
 NOTHING = {"adapters": {}, "adapter_scales": {}}
@@ -175,5 +178,10 @@ def test_supervised_training_of_adapters(base, tmp_path, small):
     added = read_adapters(str(tmp_path / "run" / "adapter"), merged.architecture)
     frozen = freeze(load_model(base).params, "int8")
     jax.tree.map(np.testing.assert_array_equal, merged.params, merge(frozen, added))
-    policy = load_model(str(tmp_path / "run" / "checkpoints"))
+    policy = load_model(str(tmp_path / "run" / "checkpoints"), keep_adapters=True)
     jax.tree.map(np.testing.assert_array_equal, policy.adapters, added)
+
+
+def test_preferences_are_not_learned_by_adapters(base, tmp_path, small):
+    with pytest.raises(InputError, match=r"lora.rank=2: dpo trains all parameters"):
+        dpo.run(config_of(base), tmp_path / "run")
