@@ -391,12 +391,13 @@ def _late_windows(f: Fields, layers: int) -> tuple[int, ...]:
 def _rope(f: Fields, sizes: Mapping[str, Any], default_theta: float = 10_000.0) -> Rope:
     """Takes the rotary fields out: rope_theta and rope_scaling, or rope_parameters as newer files have them."""
     rest: dict[str, Any] = {}
-    name = "rope_scaling"
+    where = "rope_scaling"
     for name in ("rope_scaling", "rope_parameters"):
         if (value := f.pop(name)) is not None:
             if not isinstance(value, dict):
                 raise f.bad(name, value, "must be an object: mend config.json")
             rest |= value
+            where = name
     inner = Fields(f.path, rest)
     for field, default in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
         outer = f.pop(field, default)
@@ -406,7 +407,7 @@ def _rope(f: Fields, sizes: Mapping[str, Any], default_theta: float = 10_000.0) 
     kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first name for it
     size = int(sizes["head_size"] * inner.number("partial_rotary_factor", kind=float))
     if kind not in ROPE_KINDS or size % 2 or not 0 < size <= sizes["head_size"]:
-        raise f.bad(name, rest, f"is not supported: use a model with rope_type one of {', '.join(ROPE_KINDS)}")
+        raise f.bad(where, rest, f"is not supported: use a model with rope_type one of {', '.join(ROPE_KINDS)}")
     original = f.pop("original_max_position_embeddings", sizes["context"] or None)
     theta = inner.number("rope_theta", kind=float)
     made = _stretch(inner, kind, original, sizes["context"], size // 2)

@@ -159,9 +159,10 @@ class _Reader:
         if head not in self.shapes or embedding not in self.shapes:
             return
         one, other = self._view(head), self._view(embedding)
+        size = self.shapes[head][0]
+        starts = range(0, size if self._kept[head] != self._kept[embedding] else 0, 1024)
         same = self.shapes[head] == self.shapes[embedding] and all(
-            np.array_equal(one[i : i + 1024], other[i : i + 1024])
-            for i in range(0, self.shapes[head][0] if self._kept[head] != self._kept[embedding] else 0, 1024)
+            np.array_equal(*(view[i : min(i + 1024, size)] for view in (one, other))) for i in starts
         )
         if not same:
             raise InputError(

@@ -277,7 +277,7 @@ def test_weights_are_written_in_shards_and_in_another_dtype(deep, tmp_path):
     write_folder(str(tmp_path / "m"), architecture, params, tokenizer, dtype="bfloat16", most_shard=1_000_000)
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
-    assert len(files) > 4 and set(index["weight_map"].values()) == set(files)
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and not list((tmp_path / "m").glob("*.part"))
     assert all((tmp_path / "m" / name).stat().st_size < 1_100_000 for name in files)
     assert index["metadata"]["total_size"] == sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
