@@ -268,7 +268,7 @@ def test_param_dtype(model):
         state = initial_state(parts, model)
         leaf = state.trainable["params"]["embed"]["embedding"]
         assert leaf.dtype == jnp.dtype(dtype)
-        want = model.params["embed"]["embedding"].astype(jnp.dtype(dtype))
+        want = np.asarray(model.params["embed"]["embedding"]).astype(jnp.dtype(dtype))
         np.testing.assert_array_equal(np.asarray(leaf), want)
 
 

@@ -33,6 +33,7 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "use_bidirectional_attention": False,
     "use_mrope": False,
+    "quantization_config": None,
     "lm_head_bias": False,
     "full_attn_mod": 1,
     "interpolate_factor": 1,
