@@ -15,9 +15,20 @@ from grpo_jax.models.huggingface import read_folder, tensor_table
 
 FOLDER = pathlib.Path(__file__).parent / "parity"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
+# Compiling is what these tests cost, so `-m slow` has the rest: variants of a family that others cover in part, and the
+# decoding of families whose cache is read just as another's.
+VARIANTS = {"deepseek_v3_plain", "llama_linear", "phi3"}
+DECODED = {"deepseek_v3", "gemma2", "gemma3", "phi4_mini", "qwen3_moe"}
 LENGTHS, COLUMNS, PROMPT = np.array([12, 9, 5]), 12, 8
 REAL = {"right": np.arange(COLUMNS)[None] < LENGTHS[:, None]}
 REAL["left"] = REAL["right"][:, ::-1]
+
+
+def each(quick):
+    """All families as parameters of a test, slow unless quick."""
+    return pytest.mark.parametrize(
+        "family", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    )
 
 
 @functools.cache
@@ -56,7 +67,7 @@ def computed(family, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each(set(FAMILIES) - VARIANTS)
 def test_logits(family, side):
     want = stored(family)[2][f"{side}_logits"]
     got = computed(family, side)[1]
@@ -64,7 +75,7 @@ def test_logits(family, side):
     np.testing.assert_allclose(got[REAL[side]], want[REAL[side]], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(set(FAMILIES) - VARIANTS)
 def test_gradients(family):
     architecture, _, expected = stored(family)
     gradient = computed(family, "left")[0]
@@ -81,7 +92,7 @@ def test_gradients(family):
     assert difference <= 1e-5 * norm
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each(DECODED)
 def test_prefill_and_decode_equal_the_full_pass(family):
     architecture, params, expected = stored(family)
     module, rows = Decoder(architecture, scanned=False), len(LENGTHS)
