@@ -41,7 +41,7 @@ def load(path: str, dtype: str = "float32", precision: str = "highest") -> "Mode
         raise InputError(f"dtype={dtype!r} is not float32 or bfloat16: use one of them")
     loaded = load_model(path)
     params = loaded.params if loaded.adapters is None else merge(loaded.params, loaded.adapters)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.dtype(dtype)), params)
     return Model(loaded.architecture, params, loaded.tokenizer, dtype, precision)
 
 
