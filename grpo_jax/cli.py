@@ -159,6 +159,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
     made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
     made.add_argument("--rank", type=int, default=16, help="rank of adapters (default: 16)")
+    made = command("export", run_export, "write a Hugging Face folder of a model, or of what a run has trained")
+    made.add_argument("source", help="a run, one of its checkpoints, or a model as model.path names it")
+    made.add_argument("folder", help="folder to write")
+    made.add_argument("--dtype", default="", choices=["float32", "bfloat16", "float16"], help="default: as it is kept")
+    made.add_argument("--max_shard", type=float, default=5.0, help="gigabytes of a file, at most (default 5)")
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top
@@ -249,6 +254,18 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
         if vars(options)[name] < 0:
             raise InputError(f"--{name} {vars(options)[name]}: must not be negative")
     print("\n".join(describe(options.model, options.context, options.rank)))
+    return 0
+
+
+def run_export(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax export`."""
+    if overrides:
+        raise InputError(f"{overrides[0]}: export needs no config: leave --config out")
+    if not 0 < options.max_shard < 1e6:
+        raise InputError(f"--max_shard={options.max_shard} must be above 0 (gigabytes)")
+    from grpo_jax.recipes.export import export
+
+    print(export(options.source, options.folder, options.dtype, int(options.max_shard * 1e9)))
     return 0
 
 

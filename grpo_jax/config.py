@@ -306,6 +306,9 @@ class OptimConfig:
     b2: float = option(0.999, "Adam's second decay")
     eps: float = option(1e-8, "Adam's epsilon")
     moment_dtype: str = option("float32", "dtype of Adam's first moment", ("float32", "bfloat16"))
+    routing_bias_rate: float = option(
+        0.0, "DeepSeek-V3's routing biases move by this against their experts' load at every update; 0: they stay"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -612,7 +615,7 @@ def validate(config: Config, source: str = "config") -> None:
         "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
         "objective.overlong_cache objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
-        "dpo.lr"
+        "dpo.lr optim.routing_bias_rate"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")

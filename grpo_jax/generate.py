@@ -39,7 +39,7 @@ def load(path: str, dtype: str = "float32", precision: str = "highest") -> "Mode
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={dtype!r} is not float32 or bfloat16: use one of them")
     loaded = load_model(path)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), loaded.params)
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.dtype(dtype)), loaded.params)
     return Model(loaded.architecture, params, loaded.tokenizer, dtype, precision)
 
 

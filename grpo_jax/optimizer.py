@@ -8,6 +8,8 @@ import optax
 
 from grpo_jax.config import OptimConfig
 
+ROUTING_BIAS = "routing_bias"  # the name of the leaf, in every layer with sigmoid routing
+
 
 def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
     """Learning rate by optimizer update: linear warm-up from 0, then constant, linear or cosine to the end."""
@@ -57,3 +59,26 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
             mu_dtype=jnp.dtype(config.moment_dtype),
         ),
     )
+
+
+def split_routing_biases(gradient: Any) -> tuple[Any, Any]:
+    """The gradient with 0 for routing biases, and what stood there: loads, which no clip and no moment may see."""
+
+    def is_bias(path: tuple) -> bool:
+        return path[-1].key == ROUTING_BIAS
+
+    rest = jax.tree_util.tree_map_with_path(lambda p, g: jnp.zeros_like(g) if is_bias(p) else g, gradient)
+    loads = jax.tree_util.tree_map_with_path(lambda p, g: g if is_bias(p) else None, gradient)
+    return rest, loads
+
+
+def move_routing_biases(changes: Any, loads: Any, rate: float) -> Any:
+    """The optimizer's changes, with -rate * sign(load above the mean) for routing biases (arXiv 2408.15664).
+
+    With rate 0 they stay as they are, whatever the optimizer's decay.
+    """
+
+    def change(old: Any, load: Any) -> Any:
+        return old if load is None else -rate * jnp.sign(load).astype(old.dtype)
+
+    return jax.tree.map(change, changes, loads, is_leaf=lambda x: x is None)

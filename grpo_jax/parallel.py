@@ -20,6 +20,8 @@ ROWS = PartitionSpec(("data", "fsdp"))  # how batches are split: over both axes,
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"(^|/)head/kernel$", ("fsdp", "tensor")),
+    (r"(router|latent)/kernel$", ("fsdp", None)),  # narrow; latents are whole on every device, as their norm needs
+    (r"(query|key|value|gate|up)/bias$", ("tensor",)),
     (r"(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"(head|query|key|value|gate|up)/kernel_scale$", ("tensor",)),
@@ -112,6 +114,29 @@ def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
 def row_shards(mesh: Mesh) -> int:
     """How many parts rows are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(tree: Any, mesh: Mesh, dtype: Any) -> Any:
+    """The tree's leaves as arrays on the mesh, split by RULES, in `dtype`.
+
+    Leaves are numpy arrays, jax arrays, or anything with a shape that gives numbers when sliced: each host slices out
+    what its own devices hold, once, and nothing else.
+    """
+
+    def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return jax.device_put(x.astype(dtype), sharding)
+        parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in parts:
+                parts[key] = np.asarray(x[index]).astype(dtype)
+            return parts[key]
+
+        return jax.make_array_from_callback(x.shape, sharding, part)
+
+    return jax.tree.map(leaf, tree, shardings(tree, mesh))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

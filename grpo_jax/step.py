@@ -9,6 +9,7 @@ everything that does is in `state`.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import masked_mean, masked_select, safe_divide
 from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask, weighted_sum
 from grpo_jax.ops.packing import Pack
+from grpo_jax.optimizer import move_routing_biases, split_routing_biases
 from grpo_jax.parallel import (
     constrain_rows,
     path_name,
@@ -165,11 +167,16 @@ def noise_key(seed: int, stream: int, step: Int[Array, ""] | int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
 
+def casts(path: str, x: Array) -> bool:
+    """Whether sampling reads a leaf in the compute dtype; what routes stays as training has it, or experts differ."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and re.search(r"/(router/kernel|routing_bias)$", path) is None
+
+
 def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
     """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
     dtype = jnp.dtype(parts.config.model.compute_dtype)
     policy = without_value(variables)
-    cast = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, policy)
+    cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
     return unstack(cast, parts.module.architecture)
 
@@ -507,10 +514,12 @@ def update_once(
 ) -> tuple[TrainState, UpdateReport]:
     """One optimizer update from a minibatch [D, N, G, ...]; skipped when anything is not finite."""
     loss, gradient, means, gap = minibatch_gradient(parts, state, piece, divisor)
+    gradient, loads = split_routing_biases(gradient)
     squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)])
     norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~failed
     changes, opt_state = parts.optimizer.update(gradient, state.opt_state, state.trainable)
+    changes = move_routing_biases(changes, loads, parts.config.optim.routing_bias_rate)
     trainable = optax.apply_updates(state.trainable, changes)
 
     def keep(new: Any, old: Any) -> Any:

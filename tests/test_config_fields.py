@@ -40,7 +40,7 @@ from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.ops.preference import dpo_losses
-from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.optimizer import make_optimizer, make_schedule, move_routing_biases, split_routing_biases
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
 from grpo_jax.recipes import base, cold_start, dpo, grpo, sft
 from grpo_jax.recipes.evaluate import Evaluator
@@ -280,7 +280,7 @@ def test_param_dtype(model):
         state = initial_state(parts, model)
         leaf = state.trainable["params"]["embed"]["embedding"]
         assert leaf.dtype == jnp.dtype(dtype)
-        want = model.params["embed"]["embedding"].astype(jnp.dtype(dtype))
+        want = np.asarray(model.params["embed"]["embedding"]).astype(jnp.dtype(dtype))
         np.testing.assert_array_equal(np.asarray(leaf), want)
 
 
@@ -1318,6 +1318,20 @@ def test_b2():
 @flips("optim.eps")
 def test_eps():
     assert_changes({"eps": 0.5}, {"eps": 0.5})
+
+
+@flips("optim.routing_bias_rate")
+def test_routing_bias_rate(model):
+    """A whole step with it is in tests/models/test_routed_step.py."""
+    gradient = {"mlp": {"routing_bias": jnp.array([3.0, -2.0, 0.0]), "kernel": jnp.ones(2)}}
+    rest, loads = split_routing_biases(gradient)
+    assert not rest["mlp"]["routing_bias"].any() and rest["mlp"]["kernel"] is gradient["mlp"]["kernel"]
+    decayed = {"mlp": {"routing_bias": jnp.full(3, 9.0), "kernel": jnp.full(2, 0.5)}}
+    for rate, want in ((0.0, [0, 0, 0]), (0.25, [-0.25, 0.25, 0])):
+        moved = move_routing_biases(decayed, loads, rate)
+        np.testing.assert_array_equal(moved["mlp"]["routing_bias"], want)
+        assert moved["mlp"]["kernel"] is decayed["mlp"]["kernel"]
+        assert prepared(model, **{"optim.routing_bias_rate": rate})[0].module.balance is (rate > 0)
 
 
 @flips("optim.moment_dtype")

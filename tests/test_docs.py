@@ -23,6 +23,7 @@ PAGES = (
     "docs/code_rewards.md",
     "docs/extending.md",
     "docs/index.md",
+    "docs/models.md",
     "docs/objectives.md",
     "docs/results.md",
 )

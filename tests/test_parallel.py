@@ -96,6 +96,25 @@ def test_rules_by_path():
     assert sorted(set(specs) - set(split)) == sorted(name for name in specs if name.endswith("scale"))
 
 
+def test_rules_of_experts_latents_and_biases():
+    mesh = mesh_of(2, 2, 2)
+    for path, shape, axes in (
+        ("stack_1/mlp/router/kernel", (2, 16, 6), ("fsdp", None)),
+        ("stack_1/mlp/experts_gate/kernel", (2, 6, 16, 8), (None, "fsdp", "tensor")),
+        ("stack_1/mlp/experts_down/kernel", (2, 6, 8, 16), (None, "tensor", "fsdp")),
+        ("stack_1/mlp/shared/down/kernel", (2, 8, 16), ("tensor", "fsdp")),
+        ("stack_0/attention/latent/kernel", (2, 16, 12), ("fsdp", None)),
+        ("stack_0/attention/query_latent/kernel", (2, 16, 8), ("fsdp", None)),
+        ("stack_0/attention/key_up/kernel", (2, 8, 16), ("fsdp", "tensor")),
+        ("stack_0/attention/query/bias", (2, 16), ("tensor",)),
+        ("stack_0/mlp/up/bias", (2, 16), ("tensor",)),
+        ("stack_0/attention/out/bias", (2, 16), ()),
+        ("stack_1/mlp/routing_bias", (2, 6), ()),
+    ):
+        want = PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes) if axes else PartitionSpec()
+        assert partition_spec(path, shape, mesh) == want, path
+
+
 def test_moments_lie_where_their_parameters_lie():
     params, mesh = {"params": tiny.params(tiny.architecture())}, mesh_of(1, 4, 2)
     state = jax.eval_shape(make_optimizer(tiny.config().optim, 10).init, params)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from grpo_jax.config import Config, from_dict
 from grpo_jax.models.architecture import Architecture, llama
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.weights import layer_shapes, put
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
 from grpo_jax.rewards.host import HostRewards
@@ -102,6 +103,17 @@ def params(of: Architecture, seed: int = 0, scale: float = 0.3) -> dict[str, Any
             "mlp": {name: {"kernel": draw(n, *shape)} for name, shape in (("gate", (d, f)), ("up", (d, f)))},
         }
         tree[f"stack_{i}"]["mlp"]["down"] = {"kernel": draw(n, f, d)}
+    return tree
+
+
+def drawn(of: Architecture, seed: int = 0, scale: float = 0.3) -> dict[str, Any]:
+    """As `params`, for any architecture: every leaf of its layers, by the table of shapes that checkpoints have."""
+    random, tree = np.random.default_rng(seed), params(dataclasses.replace(of, stacks=()), seed, scale)
+    for i, stack in enumerate(of.stacks):
+        for path, shape in layer_shapes(of, stack).items():
+            shape = (*shape[:-2], *shape[-2:][::-1]) if path.endswith("kernel") else shape
+            made = random.normal(0, scale, (stack.layers, *shape))
+            put(tree, f"stack_{i}/{path}", (made / 3 + 1 if path.endswith("scale") else made).astype(np.float32))
     return tree
 
 

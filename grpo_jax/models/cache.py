@@ -27,6 +27,16 @@ class LayerCache(flax.struct.PyTreeNode):
     value: Float[Array, "B K T E"]
 
 
+class LatentCache(flax.struct.PyTreeNode):
+    """The latent and the rotated shared key of one layer, side by side: R = rank + rotary (arXiv 2405.04434)."""
+
+    prompt_latent: Float[Array, "N P R"]
+    latent: Float[Array, "B T R"]
+
+
+LayerEntry = LayerCache | LatentCache
+
+
 class CacheIndex(flax.struct.PyTreeNode):
     """What lies where, the same in every layer; segment 0 is an empty slot.
 
@@ -41,11 +51,16 @@ class CacheIndex(flax.struct.PyTreeNode):
     cursor: Int[Array, ""]
     prefilled: bool = flax.struct.field(pytree_node=False, default=False)
 
+    @property
+    def columns(self) -> int:
+        """Columns of prompt and completion together, as many as a training batch has."""
+        return self.prompt_positions.shape[1] + self.positions.shape[1]
+
 
 class Cache(flax.struct.PyTreeNode):
     """One entry a layer, in order, and the index they share."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[LayerEntry, ...]
     index: CacheIndex
 
 
@@ -56,7 +71,11 @@ def init_cache(
     a = architecture
     prompt, own = (prompts, prompt_length), (rows, length)
 
-    def layer() -> LayerCache:
+    def layer() -> LayerEntry:
+        if a.latent is not None:
+            size = a.latent.rank + a.latent.rotary
+            return LatentCache(jnp.zeros((*prompt, size), dtype), jnp.zeros((*own, size), dtype))
+
         def empty(rows: int, length: int) -> Array:
             return jnp.zeros((rows, a.kv_heads, length, a.head_size), dtype)
 
@@ -85,14 +104,24 @@ def start(index: CacheIndex, positions: Int[Array, "R S"], segments: Int[Array, 
     )
 
 
-def write(entry: LayerCache, index: CacheIndex, key: Array, value: Array) -> LayerCache:
+def write(entry: LayerEntry, index: CacheIndex, key: Array, value: Array) -> LayerCache:
     """A layer's entry with the keys and values [R, S, K, E] of the tokens at hand, in place."""
+    assert isinstance(entry, LayerCache)
     key, value = (jnp.swapaxes(x, 1, 2).astype(entry.key.dtype) for x in (key, value))
     if not index.prefilled:
         return entry.replace(prompt_key=key, prompt_value=value)
     return entry.replace(
         key=_put(entry.key, key, index.slot, axis=2), value=_put(entry.value, value, index.slot, axis=2)
     )
+
+
+def write_latent(entry: LayerEntry, index: CacheIndex, latent: Array) -> LatentCache:
+    """A layer's entry with the latents [R, S, rank + rotary] of the tokens at hand, in place."""
+    assert isinstance(entry, LatentCache)
+    latent = latent.astype(entry.latent.dtype)
+    if not index.prefilled:
+        return entry.replace(prompt_latent=latent)
+    return entry.replace(latent=_put(entry.latent, latent, index.slot, axis=1))
 
 
 def end_prompt(cache: Cache) -> Cache:
@@ -122,13 +151,19 @@ def take_prompts(cache: Cache, prompts: Cache, source: Int[Array, "D s"], new: B
     return cache.replace(layers=layers, index=index)
 
 
-def read(entry: LayerCache, index: CacheIndex, positions: Array, segments: Array, window: Any, dtype: Any):
-    """((keys, values, visibility [B, 1, P]) of the prompts, (the same [B, 1, T]) of the rows' own tokens)."""
+def read(entry: LayerEntry, index: CacheIndex, positions: Array, segments: Array, window: Any, dtype: Any):
+    """((keys, values, visibility [B, 1, P]) of the prompts, (the same [B, 1, T]) of the rows' own tokens).
+
+    A latent is the one key and the one value of all heads.
+    """
     rows = positions.shape[0] // index.prompt_positions.shape[0]
     prompt_positions = jnp.repeat(index.prompt_positions, rows, axis=0)
     prompt_segments = jnp.repeat(index.prompt_segments, rows, axis=0)
     prompt_mask = visible(positions, prompt_positions, segments, prompt_segments, window)
     own_mask = visible(positions, index.positions, segments, index.segments, window)
+    if isinstance(entry, LatentCache):
+        prompt, own = (latent.astype(dtype)[:, None] for latent in (entry.prompt_latent, entry.latent))
+        return (prompt, prompt, prompt_mask), (own, own, own_mask)
     return (
         (entry.prompt_key.astype(dtype), entry.prompt_value.astype(dtype), prompt_mask),
         (entry.key.astype(dtype), entry.value.astype(dtype), own_mask),

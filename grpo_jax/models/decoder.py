@@ -12,6 +12,7 @@ one compiled layer is scanned over it; with `scanned=False` (sampling) each laye
 and its own cache buffers, updated in place; `unstack` maps the first layout to the second.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -20,10 +21,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.cache import Cache, CacheIndex, LayerCache, read, start, write
-from grpo_jax.ops.attention import attend_self, attend_shared_prefix
+from grpo_jax.models.cache import Cache, CacheIndex, LayerEntry, read, start, write, write_latent
+from grpo_jax.ops.attention import attend_self, attend_shared_prefix, soft_cap
+from grpo_jax.ops.experts import load_excess, mix_experts, report_excess, route
 from grpo_jax.ops.norms import rms_norm
-from grpo_jax.ops.rope import rotary_angles, rotate
+from grpo_jax.ops.packing import real_tokens, row_columns
+from grpo_jax.ops.rope import frequencies, rotary_angles, rotate
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+}
 
 
 class DecoderModule(Protocol):
@@ -44,13 +52,14 @@ class DecoderModule(Protocol):
 
 
 class Dense(nn.Module):
-    """x W, plus x A B times a scale where adapters for this layer are given (LoRA, arXiv 2106.09685).
+    """x W (+ b), plus x A B times a scale where adapters for this layer are given (LoRA, arXiv 2106.09685).
 
     W may be int8 with a scale for each column, `kernel_scale`: see `grpo_jax/models/lora.py`.
     """
 
     features: int
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -66,17 +75,33 @@ class Dense(nn.Module):
             a, b = self.get_variable("adapters", "a"), self.get_variable("adapters", "b")
             scale = self.get_variable("adapter_scales", "scale", jnp.ones((), self.dtype))
             y = y + scale.astype(self.dtype) * ((rows @ a.astype(self.dtype)) @ b.astype(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+    def matrix(self) -> Float[Array, "I O"]:
+        """W with the adapters merged, for who contracts it on another side (absorbed latent attention)."""
+        kernel = self.get_variable("params", "kernel").astype(self.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            kernel = kernel * self.get_variable("params", "kernel_scale").astype(self.dtype)
+        if self.has_variable("adapters", "a"):
+            a, b = self.get_variable("adapters", "a"), self.get_variable("adapters", "b")
+            scale = self.get_variable("adapter_scales", "scale", jnp.ones((), self.dtype)).astype(self.dtype)
+            kernel = kernel + scale * (a.astype(self.dtype) @ b.astype(self.dtype))
+        return kernel
 
 
 class Norm(nn.Module):
-    """RMS norm with a learned scale."""
+    """RMS norm with a learned scale, or a learned scale - 1 (`offset`)."""
 
     eps: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis."""
+        if self.offset:
+            return rms_norm(x, 1 + self.param("scale", nn.initializers.zeros, (x.shape[-1],)), self.eps)
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
@@ -87,66 +112,186 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerCache, CacheIndex] | None):
+    def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
         """[B, S, D] to [B, S, D], and the layer's cache entry with the new keys and values written."""
         a = self.architecture
         batch, length, _ = x.shape
 
         def heads(name: str, count: int) -> Float[Array, "B S heads E"]:
-            return Dense(count * a.head_size, self.dtype, name=name)(x).reshape(batch, length, count, a.head_size)
+            y = Dense(count * a.head_size, self.dtype, a.qkv_bias, name=name)(x)
+            y = y.reshape(batch, length, count, a.head_size)
+            if name == "value":
+                return y
+            return rotate(Norm(a.norm_eps, a.norm_offset, name=f"{name}_norm")(y) if a.qk_norm else y, *rotary)
 
-        query = rotate(heads("query", a.heads), *rotary)
-        key, value = rotate(heads("key", a.kv_heads), *rotary), heads("value", a.kv_heads)
+        query, key, value = heads("query", a.heads), heads("key", a.kv_heads), heads("value", a.kv_heads)
         entry, index = (None, None) if cache is None else (write(*cache, key, value), cache[1])
+        how = (a.score_scale, a.attention_cap)
         if entry is not None and index is not None and index.prefilled:
-            out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype))
+            out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype), *how)
         else:
-            out = attend_self(query, key, value, positions, segments, window)
+            out = attend_self(query, key, value, positions, segments, window, *how)
         out = out.reshape(batch, length, a.heads * a.head_size)
-        return Dense(a.width, self.dtype, name="out")(out), entry
+        return Dense(a.width, self.dtype, a.out_bias, name="out")(out), entry
 
 
-class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, equations 37 to 47).
+
+    Over the tokens at hand (training, prefill) keys and values are expanded from the latent. Over a cache they are not:
+    queries are taken into the latent's space and the mean latent out of it (the paper's absorbed form), so that what
+    is read for a token is one latent, and not keys and values of all heads.
+    """
 
     architecture: Architecture
     dtype: Any
+
+    @nn.compact
+    def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
+        """[B, S, D] to [B, S, D], and the layer's cache entry with the new latents written."""
+        a, m = self.architecture, self.architecture.latent
+        assert m is not None
+        batch, length, _ = x.shape
+        query, latent, shared = self._project(x, rotary)
+        key_up = Dense(a.heads * m.plain, self.dtype, name="key_up")
+        value_up = Dense(a.heads * m.value, self.dtype, name="value_up")
+        entry, index = (None, None) if cache is None else (None, cache[1])
+        if cache is not None:
+            entry = write_latent(*cache, jnp.concatenate([latent, shared[:, :, 0]], axis=-1))
+        if entry is not None and index is not None and index.prefilled:
+            into = key_up.matrix().reshape(m.rank, a.heads, m.plain)
+            query_latent = jnp.einsum("bshp,rhp->bshr", query[..., : m.plain], into)
+            query = jnp.concatenate([query_latent, query[..., m.plain :]], axis=-1)
+            held = read(entry, index, positions, segments, window, query.dtype)
+            out = attend_shared_prefix(query, *held, a.score_scale, a.attention_cap)[..., : m.rank]
+            out = jnp.einsum("bshr,rhv->bshv", out, value_up.matrix().reshape(m.rank, a.heads, m.value))
+        else:
+            key = key_up(latent).reshape(batch, length, a.heads, m.plain)
+            key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], m.rotary))], axis=-1)
+            value = value_up(latent).reshape(batch, length, a.heads, m.value)
+            out = attend_self(query, key, value, positions, segments, window, a.score_scale, a.attention_cap)
+        out = out.reshape(batch, length, a.heads * m.value)
+        return Dense(a.width, self.dtype, a.out_bias, name="out")(out), entry
+
+    def _project(self, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Queries [B, S, H, E], latents [B, S, rank] and rotated keys [B, S, 1, rotary]."""
+        a, m = self.architecture, self.architecture.latent
+        assert m is not None
+        source = x
+        if m.query_rank:
+            source = Dense(m.query_rank, self.dtype, name="query_latent")(x)
+            source = Norm(m.norm_eps, name="query_latent_norm")(source)
+        query = Dense(a.heads * a.head_size, self.dtype, name="query")(source)
+        query = query.reshape(*x.shape[:2], a.heads, a.head_size)
+        query = jnp.concatenate([query[..., : m.plain], rotate(query[..., m.plain :], *rotary)], axis=-1)
+        both = Dense(m.rank + m.rotary, self.dtype, name="latent")(x)
+        latent = Norm(m.norm_eps, name="latent_norm")(both[..., : m.rank])
+        return query, latent, rotate(both[:, :, None, m.rank :], *rotary)
+
+
+class Mlp(nn.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    architecture: Architecture
+    dtype: Any
+    width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The gated MLP."""
         a = self.architecture
-        gate = Dense(a.mlp_width, self.dtype, name="gate")(x)
-        up = Dense(a.mlp_width, self.dtype, name="up")(x)
-        return Dense(a.width, self.dtype, name="down")(nn.silu(gate) * up)
+        gate = Dense(self.width, self.dtype, a.mlp_bias, name="gate")(x)
+        up = Dense(self.width, self.dtype, a.mlp_bias, name="up")(x)
+        return Dense(a.width, self.dtype, a.mlp_bias, name="down")(ACTIVATIONS[a.activation](gate) * up)
 
 
-class Layer(nn.Module):
-    """One pre-norm decoder layer; written as a scan body: carry, window, cache in; carry, cache out."""
+class ExpertKernels(nn.Module):
+    """One matrix an expert."""
 
-    architecture: Architecture
+    shape: tuple[int, int, int]
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, window, cache, rotary, positions, segments):
-        """x + attention(norm(x)), then x + mlp(norm(x))."""
-        eps = self.architecture.norm_eps
-        normed = Norm(eps, name="attention_norm")(x)
-        out, cache = Attention(self.architecture, self.dtype, name="attention")(
-            normed, rotary, positions, segments, window, cache
+    def __call__(self) -> Float[Array, "X I O"]:
+        """The matrices [experts, in, out]."""
+        return self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0,)), self.shape).astype(self.dtype)
+
+
+class ExpertMlp(nn.Module):
+    """Routed experts, and one gated MLP that every token goes through where there are shared experts.
+
+    The router is float32 in every compute dtype: a rounding of its logits would choose another expert. With `balance`
+    the gradient of the routing bias is each expert's load above the mean (see `ops.experts.report_excess`).
+    """
+
+    architecture: Architecture
+    dtype: Any
+    balance: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """The weighted sum of each token's experts, plus the shared ones."""
+        a, e = self.architecture, self.architecture.experts
+        assert e is not None
+        rows = x.reshape(-1, a.width)
+        logits = Dense(e.count, jnp.float32, name="router")(rows.astype(jnp.float32))
+        bias = self.param("routing_bias", nn.initializers.zeros, (e.count,)) if e.scoring == "sigmoid" else None
+        experts, weights = route(logits, bias, e.chosen, e.groups, e.chosen_groups, e.normalised, e.scale)
+        if self.balance and bias is not None:
+            weights = report_excess(weights, bias, load_excess(experts, real_tokens(segments).reshape(-1), e.count))
+        up, down = (e.count, a.width, e.width), (e.count, e.width, a.width)
+        kernels = tuple(
+            ExpertKernels(shape, self.dtype, name=f"experts_{name}")()
+            for name, shape in (("gate", up), ("up", up), ("down", down))
         )
-        x = x + out
-        x = x + Mlp(self.architecture, self.dtype, name="mlp")(Norm(eps, name="mlp_norm")(x))
-        return x, cache
+        out = mix_experts(rows, experts, weights, kernels, ACTIVATIONS[a.activation]).reshape(x.shape)
+        return out + Mlp(a, self.dtype, e.shared_width, name="shared")(x) if e.shared_width else out
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer; written as a scan body: carry, place, cache in; carry, cache out.
+
+    `place` is what differs by layer: its window, and which of the rotary embeddings it uses.
+    """
+
+    architecture: Architecture
+    dtype: Any
+    experts: bool = False
+    balance: bool = False
+
+    @nn.compact
+    def __call__(self, x, place, cache, rotary, positions, segments):
+        """x + attention(norm(x)), then x + mlp(norm(x))."""
+        a = self.architecture
+        window, rope = place
+        if len(a.ropes) > 1:
+            rotary = jax.tree.map(lambda angles: angles[rope], rotary)
+
+        def norm(name: str) -> Norm:
+            return Norm(a.norm_eps, a.norm_offset, name=name)
+
+        attention = (LatentAttention if a.latent else Attention)(a, self.dtype, name="attention")
+        out, cache = attention(norm("attention_norm")(x), rotary, positions, segments, window, cache)
+        x = x + (norm("attention_post_norm")(out) if a.post_norms else out)
+        normed = norm("mlp_norm")(x)
+        if self.experts:
+            out = ExpertMlp(a, self.dtype, self.balance, name="mlp")(normed, segments)
+        else:
+            out = Mlp(a, self.dtype, a.mlp_width, name="mlp")(normed)
+        return x + (norm("mlp_post_norm")(out) if a.post_norms else out), cache
 
 
 class Decoder(nn.Module):
-    """Embedding, stacks of layers, final norm, output matrix."""
+    """Embedding, stacks of layers, final norm, output matrix.
+
+    `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
+    """
 
     architecture: Architecture
     dtype: Any = jnp.float32
     scanned: bool = True
     remat: str = "none"
+    balance: bool = False
 
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
@@ -162,13 +307,13 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             )
-            for i in range(len(a.stacks)):
-                setattr(self, f"stack_{i}", scan(a, self.dtype))
+            for i, stack in enumerate(a.stacks):
+                setattr(self, f"stack_{i}", scan(a, self.dtype, stack.experts, self.balance))
         else:
             for i, stack in enumerate(a.stacks):
                 for j in range(stack.layers):
-                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype))
-        self.final_norm = Norm(a.norm_eps)
+                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, self.balance))
+        self.final_norm = Norm(a.norm_eps, a.norm_offset)
         if not a.tied:
             self.head = Dense(a.vocabulary, self.dtype)
 
@@ -186,18 +331,21 @@ class Decoder(nn.Module):
         """
         a = self.architecture
         x = self.embed(tokens)
-        shared = (rotary_angles(positions, a.head_size, a.rope_theta), positions, segments)
+        if a.embedding_scale != 1.0:
+            x = x * jnp.asarray(a.embedding_scale, x.dtype)
+        columns = row_columns(segments) if cache is None else cache.index.columns
+        shared = (self._rotary(positions, columns), positions, segments)
         if self.scanned:
             assert cache is None, "a cache needs scanned=False: see unstack"
             for i, stack in enumerate(a.stacks):
-                x, _ = getattr(self, f"stack_{i}")(x, jnp.asarray(stack.windows, jnp.int32), None, *shared)
+                x, _ = getattr(self, f"stack_{i}")(x, _columns(stack.places), None, *shared)
             return self.final_norm(x)
         entries = []
         index = None if cache is None else start(cache.index, positions, segments)
         for i, stack in enumerate(a.stacks):
-            for j, window in enumerate(stack.windows):
+            for j, place in enumerate(stack.places):
                 held = None if cache is None else (cache.layers[len(entries)], index)
-                x, entry = getattr(self, f"stack_{i}_layer_{j}")(x, window, held, *shared)
+                x, entry = getattr(self, f"stack_{i}_layer_{j}")(x, place, held, *shared)
                 entries.append(entry)
         hidden = self.final_norm(x)
         return hidden if index is None else (hidden, Cache(layers=tuple(entries), index=index))
@@ -208,8 +356,25 @@ class Decoder(nn.Module):
             kernel = self.embed.embedding.astype(self.dtype)
             rows = hidden.reshape(-1, hidden.shape[-1])
             logits = jnp.einsum("rd,vd->rv", rows, kernel, preferred_element_type=jnp.float32)
-            return logits.reshape(*hidden.shape[:-1], self.architecture.vocabulary)
-        return self.head(hidden).astype(jnp.float32)
+            logits = logits.reshape(*hidden.shape[:-1], self.architecture.vocabulary)
+        else:
+            logits = self.head(hidden).astype(jnp.float32)
+        return soft_cap(logits, self.architecture.logit_cap)
+
+    def _rotary(self, positions: Int[Array, "B S"], columns: int) -> tuple[Array, Array]:
+        """Cosine and sine [B, S, half]; of several rotary embeddings [ropes, B, S, half]."""
+        a = self.architecture
+        size = a.head_size if a.latent is None else a.latent.rotary
+        angles = [rotary_angles(positions, frequencies(rope, size, columns), rope.magnitude) for rope in a.ropes]
+        if len(angles) == 1:
+            return angles[0]
+        return jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
+
+
+def _columns(places: list[tuple[int, int]]) -> tuple[Int[Array, "L"], Int[Array, "L"]]:
+    """What a stack scans along: windows and rotary embeddings of its layers."""
+    windows, ropes = zip(*places, strict=True)
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(ropes, jnp.int32)
 
 
 def init_params(module: Decoder, key: jax.Array) -> dict:

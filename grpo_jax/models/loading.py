@@ -11,15 +11,16 @@ from grpo_jax.errors import InputError
 from grpo_jax.models import hub, peft, runs
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.gguf import architecture_and_params, read_gguf
-from grpo_jax.models.huggingface import read_folder
+from grpo_jax.models.huggingface import open_folder
 from grpo_jax.models.lora import merge
 from grpo_jax.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Parameters are numpy float32 in the tree of `Architecture`; `source` is the file or folder read.
+    """Parameters are float32 in the tree of `Architecture`; `source` is the file or folder read.
 
+    A leaf is a numpy array, or of a Hugging Face folder a `weights.StoredLeaf`, which reads when it is sliced.
     `adapters` are the collections `adapters` and `adapter_scales` of a PEFT folder, where they were kept.
     """
 
@@ -63,7 +64,7 @@ def _from_files(path: str, source: str) -> LoadedModel:
     """A Hugging Face folder or a .gguf file."""
     if os.path.isdir(source):
         tokenizer = Tokenizer.from_folder(source)
-        architecture, params = read_folder(source)
+        architecture, params = open_folder(source)
     elif source.endswith(".gguf"):
         gguf = read_gguf(source)
         tokenizer = Tokenizer.from_gguf(gguf.metadata, source)

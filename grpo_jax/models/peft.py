@@ -14,7 +14,8 @@ import safetensors.numpy
 
 from grpo_jax.errors import InputError
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.huggingface import NAMES, read_json
+from grpo_jax.models.families import read_json
+from grpo_jax.models.huggingface import tensor_table
 from grpo_jax.models.lora import ADAPTERS, SCALES, adapter_pairs, adapter_scales
 from grpo_jax.models.weights import layer_shapes, put
 
@@ -132,9 +133,14 @@ def _scale(path: pathlib.Path) -> float:
 
 
 def _layers(architecture: Architecture) -> list[str]:
-    """Linear layers of the stacks, such as 'stack_0/attention/query'."""
-    below = [path.removesuffix("/kernel") for path in layer_shapes(architecture) if path.endswith("/kernel")]
-    return [f"stack_{i}/{path}" for i in range(len(architecture.stacks)) for path in below]
+    """Linear layers of the stacks that transformers has too, such as 'stack_0/attention/query'."""
+    apart = tensor_table(architecture)[1]
+    return [
+        f"stack_{i}/{path.removesuffix('/kernel')}"
+        for i, stack in enumerate(architecture.stacks)
+        for path, shape in layer_shapes(architecture, stack).items()
+        if path.endswith("/kernel") and len(shape) == 2 and path not in apart and "router" not in path
+    ]
 
 
 def _modules(architecture: Architecture, layer: str) -> list[str]:
@@ -142,17 +148,24 @@ def _modules(architecture: Architecture, layer: str) -> list[str]:
     stack, _, path = layer.partition("/")
     number = int(stack.removeprefix("stack_"))
     first = sum(s.layers for s in architecture.stacks[:number])
-    name = NAMES[f"{path}/kernel"].removesuffix(".weight")
+    names, apart = tensor_table(architecture)
+    if f"{path}/kernel" in apart:
+        raise InputError(
+            f"{layer}: its rows lie in {names[f'{path}/kernel']} with others, or in another order, so PEFT has no "
+            "adapter for it alone: merge the adapters, or leave the layer out of lora.targets"
+        )
+    name = names[f"{path}/kernel"].removesuffix(".weight")
     return [name.format(layer=first + j) for j in range(architecture.stacks[number].layers)]
 
 
 def _check_shapes(path: pathlib.Path, architecture: Architecture, adapters: dict[str, Any]) -> None:
     if not adapters:
         raise InputError(f"{path}: holds no adapter of a linear layer: name a folder that PEFT wrote")
-    shapes = layer_shapes(architecture)
     rank = next(adapter_pairs(adapters))[1].shape[-1]
     for layer, a, b in adapter_pairs(adapters):
-        outputs, inputs = shapes[f"{layer.partition('/')[2]}/kernel"]
+        stack, _, below = layer.partition("/")
+        shapes = layer_shapes(architecture, architecture.stacks[int(stack.removeprefix("stack_"))])
+        outputs, inputs = shapes[f"{below}/kernel"]
         if a.shape[1:] != (inputs, rank) or b.shape[1:] != (rank, outputs):
             raise InputError(
                 f"{path}: the adapters of {layer} have shapes {list(a.shape[1:])} and {list(b.shape[1:])}, not "

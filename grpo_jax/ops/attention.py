@@ -28,23 +28,31 @@ def visible(
 def attend(
     query: Float[Array, "B S H E"],
     key: Float[Array, "B Z K E"],
-    value: Float[Array, "B Z K E"],
+    value: Float[Array, "B Z K v"],
     mask: Bool[Array, "B S Z"],
-) -> Float[Array, "B S H E"]:
-    """softmax(q k^T / sqrt(E)) v with H / K queries a key head; the softmax is float32."""
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Float[Array, "B S H v"]:
+    """softmax(scale q k^T) v with H / K queries a key head; the softmax is float32.
+
+    `scale` is 1 / sqrt(E) unless given; with `cap`, scores x become cap * tanh(x / cap) (arXiv 2408.00118).
+    """
     batch, length, heads, size = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, size)
-    scores = jnp.einsum("bskge,bzke->bkgsz", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
+    scores = jnp.einsum("bskge,bzke->bkgsz", grouped, key, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * (scale or size**-0.5), cap)
     weights = softmax([jnp.where(mask[:, None, None], scores, MASKED)])[0]
     out = jnp.einsum("bkgsz,bzke->bskge", weights.astype(value.dtype), value)
-    return out.reshape(batch, length, heads, size)
+    return out.reshape(batch, length, heads, value.shape[-1])
 
 
 def attend_shared_prefix(
     query: Float[Array, "B 1 H E"],
-    prefix: tuple[Float[Array, "N K P E"], Float[Array, "N K P E"], Bool[Array, "B 1 P"]],
-    own: tuple[Float[Array, "B K Z E"], Float[Array, "B K Z E"], Bool[Array, "B 1 Z"]],
-) -> Float[Array, "B 1 H E"]:
+    prefix: tuple[Float[Array, "N K P E"], Float[Array, "N K P v"], Bool[Array, "B 1 P"]],
+    own: tuple[Float[Array, "B K Z E"], Float[Array, "B K Z v"], Bool[Array, "B 1 Z"]],
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Float[Array, "B 1 H v"]:
     """One query a row over a prefix that B / N adjacent rows share and the row's own keys, in one softmax.
 
     The prefix is read where it lies: its keys are never copied to the rows that share it.
@@ -57,42 +65,51 @@ def attend_shared_prefix(
     prefix_scores = jnp.einsum("nrkge,nkpe->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
     prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, length)
     own_scores = jnp.einsum("bkge,bkze->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
-    scale = size**-0.5
+    scale = scale or size**-0.5
     prefix_weights, own_weights = softmax(
         [
-            jnp.where(prefix_mask[:, None], prefix_scores * scale, MASKED),
-            jnp.where(own_mask[:, None], own_scores * scale, MASKED),
+            jnp.where(prefix_mask[:, None], soft_cap(prefix_scores * scale, cap), MASKED),
+            jnp.where(own_mask[:, None], soft_cap(own_scores * scale, cap), MASKED),
         ]
     )
     prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, length)
     out = jnp.einsum("nrkgp,nkpe->nrkge", prefix_weights.astype(prefix_value.dtype), prefix_value)
-    out = out.reshape(batch, kv_heads, -1, size)
+    out = out.reshape(batch, kv_heads, -1, out.shape[-1])
     out = out + jnp.einsum("bkgz,bkze->bkge", own_weights.astype(own_value.dtype), own_value)
-    return out.reshape(batch, 1, heads, size)
+    return out.reshape(batch, 1, heads, out.shape[-1])
+
+
+def soft_cap(x: Float[Array, "*R"], cap: float) -> Float[Array, "*R"]:
+    """cap * tanh(x / cap); x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend_self(
     query: Float[Array, "R S H E"],
     key: Float[Array, "R S K E"],
-    value: Float[Array, "R S K E"],
+    value: Float[Array, "R S K v"],
     positions: Int[Array, "R S"],
     segments: Int[Array, "R S"] | SharedPrefix,
     window: Int[Array, ""] | int,
-) -> Float[Array, "R S H E"]:
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Float[Array, "R S H v"]:
     """Attention of a batch to itself, its segments being ids or packs with shared prompts."""
     if isinstance(segments, SharedPrefix):
-        return attend_packed(query, key, value, positions, segments, window)
-    return attend(query, key, value, visible(positions, positions, segments, segments, window))
+        return attend_packed(query, key, value, positions, segments, window, scale, cap)
+    return attend(query, key, value, visible(positions, positions, segments, segments, window), scale, cap)
 
 
 def attend_packed(
     query: Float[Array, "D X H E"],
     key: Float[Array, "D X K E"],
-    value: Float[Array, "D X K E"],
+    value: Float[Array, "D X K v"],
     positions: Int[Array, "D X"],
     segments: SharedPrefix,
     window: Int[Array, ""] | int,
-) -> Float[Array, "D X H E"]:
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Float[Array, "D X H v"]:
     """Prompts to themselves; rows to themselves and to their tokens' prompts, in one softmax."""
     parts, n, width = segments.prompt_segments.shape
     _, r, length = segments.segments.shape
@@ -105,7 +122,8 @@ def attend_packed(
     (prompt_query, row_query), (prompt_key, row_key), (prompt_value, row_value) = cut(query), cut(key), cut(value)
     prompt_places, row_places = cut(positions)
     own = segments.prompt_segments.reshape(parts * n, width)
-    prompts = attend(prompt_query, prompt_key, prompt_value, visible(prompt_places, prompt_places, own, own, window))
+    mask = visible(prompt_places, prompt_places, own, own, window)
+    prompts = attend(prompt_query, prompt_key, prompt_value, mask, scale, cap)
     ids = segments.segments.reshape(parts * r, length)
     own_mask = visible(row_places, row_places, ids, ids, window)
     # All prompts of the pack lie before each row; a token sees the one that it continues.
@@ -117,21 +135,21 @@ def attend_packed(
     grouped = row_query.reshape(parts, r, length, kv_heads, -1, size)
     before = (x.reshape(parts, n * width, *x.shape[2:]) for x in (prompt_key, prompt_value))
     before_key, before_value = before
-    scale = size**-0.5
+    scale = scale or size**-0.5
     before_scores = jnp.einsum("drskge,dzke->drkgsz", grouped, before_key, preferred_element_type=jnp.float32)
     own_scores = jnp.einsum(
         "bskge,bzke->bkgsz", grouped.reshape(-1, *grouped.shape[2:]), row_key, preferred_element_type=jnp.float32
     ).reshape(parts, r, kv_heads, -1, length, length)
     before_weights, own_weights = softmax(
         [
-            jnp.where(prompt_mask[:, :, None, None], before_scores * scale, MASKED),
-            jnp.where(own_mask.reshape(parts, r, 1, 1, length, length), own_scores * scale, MASKED),
+            jnp.where(prompt_mask[:, :, None, None], soft_cap(before_scores * scale, cap), MASKED),
+            jnp.where(own_mask.reshape(parts, r, 1, 1, length, length), soft_cap(own_scores * scale, cap), MASKED),
         ]
     )
     out = jnp.einsum("drkgsz,dzke->drskge", before_weights.astype(value.dtype), before_value)
     own_weights = own_weights.reshape(parts * r, *own_weights.shape[2:]).astype(value.dtype)
     out = out + jnp.einsum("bkgsz,bzke->bskge", own_weights, row_value).reshape(out.shape)
-    return jnp.concatenate([x.reshape(parts, -1, heads, size) for x in (prompts, out)], axis=1)
+    return jnp.concatenate([x.reshape(parts, -1, heads, value.shape[-1]) for x in (prompts, out)], axis=1)
 
 
 def softmax(segments: list[Float[Array, "*R z"]]) -> list[Float[Array, "*R z"]]:

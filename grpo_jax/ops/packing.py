@@ -10,7 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 EMPTY = -1
 
@@ -139,6 +139,21 @@ class SharedPrefix(flax.struct.PyTreeNode):
     prompt_segments: Int[Array, "D n P"]
     segments: Int[Array, "D r T"]
     prompt: Int[Array, "D r T"]
+
+
+def real_tokens(segments: SharedPrefix | Int[Array, "R X"]) -> Bool[Array, "R X"]:
+    """Where a column holds a token and no padding."""
+    if isinstance(segments, SharedPrefix):
+        parts = (segments.prompt_segments, segments.segments)
+        return jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1) != 0
+    return segments != 0
+
+
+def row_columns(segments: SharedPrefix | Int[Array, "R X"]) -> int:
+    """Columns of a prompt and a row together, the same in a pack as in a batch of sequences."""
+    if isinstance(segments, SharedPrefix):
+        return segments.prompt_segments.shape[-1] + segments.segments.shape[-1]
+    return segments.shape[1]
 
 
 class Pack(flax.struct.PyTreeNode):

@@ -27,7 +27,7 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.preference import dpo_losses, sequence_logps
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, replicated, row_sharding, shardings
+from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, shardings
 from grpo_jax.recipes.loop import Loop, Stop, open_workdir
 from grpo_jax.recipes.sft import Example, save_model
 from grpo_jax.terminal import Terminal
@@ -250,7 +250,6 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     terminal.say(f"{len(pairs)} preferences, {config.dpo.batch_size} a step, {config.dpo.steps} steps")
     with Stop(budget) as stop, terminal:
         dtype = jnp.dtype(config.model.param_dtype)
-        layout = shardings(model.params, mesh)
-        reference = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), model.params, layout)
+        reference = place(model.params, mesh, dtype)
         params = prefer(config, module, reference, pairs, mesh, workdir, stop, terminal)
     return save_model(workdir / "model", dataclasses.replace(model, tokenizer=tokenizer), jax.device_get(params))

@@ -30,7 +30,7 @@ from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import check_batch, make_mesh, row_sharding, shardings
+from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, shardings
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
@@ -215,7 +215,12 @@ def prepare(
             lambda given, scorer=scorer: scorer.columns(np.arange(len(given))),
         )
     updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    module = Decoder(
+        model.architecture,
+        dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        balance=config.optim.routing_bias_rate > 0,
+    )
     parts = StepParts(
         config,
         module,
@@ -234,9 +239,7 @@ def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
     config = parts.config
     dtype = jnp.dtype(config.model.param_dtype)
     trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
-    trainable = jax.tree.map(
-        lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), trainable, shardings(trainable, parts.mesh)
-    )
+    trainable = place(trainable, parts.mesh, dtype)
     frozen = jax.device_put(frozen, shardings(frozen, parts.mesh))
     return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
 

@@ -29,7 +29,7 @@ from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import safe_divide
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, replicated, row_sharding, shardings
+from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, shardings
 from grpo_jax.recipes.loop import Loop, Stop, check_base, open_workdir
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
@@ -269,9 +269,8 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
 
 def put_variables(config: Config, model: LoadedModel, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) collections of a run on the mesh: all parameters, or adapters and the base."""
-    collections = split_variables(model.params, config.lora, config.seed, model.adapters)
-    trainable, frozen = jax.device_put(collections, shardings(collections, mesh))
-    return trainable, frozen
+    trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
+    return place(trainable, mesh, jnp.float32), jax.device_put(frozen, shardings(frozen, mesh))
 
 
 def about_base(config: Config, model: LoadedModel) -> dict[str, int]:

@@ -15,7 +15,7 @@ from grpo_jax.models.decoder import Decoder, init_params, unstack
 
 # Two stacks, whose layers look back at all, at 3 and at 2 tokens.
 TWO_STACKS = dataclasses.replace(tiny.architecture(), stacks=(Stack((0, 3)), Stack((2,))))
-UNTIED = dataclasses.replace(tiny.architecture(), tied=False, rope_theta=100.0, norm_eps=1e-3)
+UNTIED = tiny.architecture(tied=False, rope_theta=100.0, norm_eps=1e-3)
 ONE_LAYER = tiny.architecture(layers=1)
 B, S = 3, 8
 LENGTHS = np.array([8, 5, 1])

@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import pathlib
+import tracemalloc
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from gguf_writer import hf_weights, tokenizer_metadata
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
+from grpo_jax.models import weights as tree_weights
 from grpo_jax.models.architecture import Stack, llama
-from grpo_jax.models.huggingface import read_folder, write_folder
+from grpo_jax.models.huggingface import NAMES, open_folder, read_folder, write_folder
 from grpo_jax.models.loading import load_model
+from grpo_jax.parallel import make_mesh, place, shardings
 from grpo_jax.text import Tokenizer
 
 CONFIG = {
@@ -71,6 +76,7 @@ def test_weights_reach_their_places(tmp_path, sharded, tied):
         rope_theta=5e4,
         norm_eps=1e-5,
         tied=tied,
+        context=64,
     )
     layer = "model.layers.1."
     attention, mlp = params["stack_0"]["attention"], params["stack_0"]["mlp"]
@@ -104,7 +110,7 @@ def test_written_folder_reads_back(tmp_path, tied):
 def test_windows_cannot_be_written(tmp_path):
     architecture, params = read_folder(folder_of(tmp_path / "a"))
     windowed = dataclasses.replace(architecture, stacks=(Stack((0, 4)),))
-    with pytest.raises(InputError, match=r"windows \[0, 4\]"):
+    with pytest.raises(InputError, match=r"stacks=\(Stack\(windows=\(0, 4\).* no field in .* model_type llama"):
         write_folder(str(tmp_path / "b"), windowed, params, Tokenizer.from_gguf(tokenizer_metadata()))
     assert not (tmp_path / "b").exists()
 
@@ -125,8 +131,8 @@ def test_new_style_rope_parameters(tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("model_type", "qwen2"), ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("attention_bias", True),
-        ("hidden_act", "gelu"), ("mlp_bias", True), ("rope_interleaved", True), ("attention_dropout", 0.1),
+        ("model_type", "gpt2"), ("rope_scaling", {"rope_type": "dynamic", "factor": 8.0}), ("attention_bias", 1),
+        ("hidden_act", "gelu"), ("mlp_bias", "yes"), ("rope_interleaved", True), ("attention_dropout", 0.1),
         ("hidden_size", None), ("hidden_size", "32"), ("num_hidden_layers", 0), ("num_hidden_layers", 10**11),
         ("num_hidden_layers", True),
         ("rope_theta", -1), ("rms_norm_eps", "x"), ("tie_word_embeddings", 1), ("quantization_config", {"bits": 4}),
@@ -201,3 +207,80 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json: cannot be read"):
         read_folder(folder)
+
+
+def test_names_that_a_file_gives_to_a_shared_tensor_are_followed(tmp_path):
+    """What safetensors' save_model leaves of tensors that share memory: one tensor, and its other name as metadata."""
+    folder = pathlib.Path(folder_of(tmp_path / "m", tie_word_embeddings=False))
+    weights = hf_weights()
+    kept, alias = "model.embed_tokens.weight", "lm_head.weight"
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", alias: kept})
+    params = read_folder(str(folder))[1]
+    np.testing.assert_array_equal(params["head"]["kernel"], weights[kept].T)
+    np.testing.assert_array_equal(params["embed"]["embedding"], weights[kept])
+    (folder / "config.json").write_text(json.dumps(CONFIG))  # tied
+    stored = {alias if name == kept else name: w for name, w in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt", kept: alias})
+    architecture, params = read_folder(str(folder))
+    assert architecture.tied and "head" not in params
+    np.testing.assert_array_equal(params["embed"]["embedding"], weights[kept])
+
+
+DEEP = llama(6, vocabulary=64, width=128, heads=4, kv_heads=2, head_size=32, mlp_width=512, tied=False)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> str:
+    """Six layers of a megabyte each, in bfloat16 and in shards."""
+    random = np.random.default_rng(0)
+    leaves = tree_weights.tensor_shapes(DEEP, NAMES)
+    tensors = {name: random.normal(size=shape).astype(ml_dtypes.bfloat16) for name, shape in leaves.items()}
+    folder = tmp_path_factory.mktemp("deep")
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    (folder / "config.json").write_text(json.dumps(CONFIG | sizes | {"tie_word_embeddings": False}))
+    save_file(tensors, folder / "model.safetensors")
+    shard(str(folder))
+    return str(folder)
+
+
+def test_a_host_reads_its_share_and_at_most_a_layer_more(deep):
+    """The first of four devices, as the only one of its host: what numpy takes while its shares are read."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    tracemalloc.start()
+    try:
+        params = open_folder(deep)[1]
+        assert tracemalloc.get_traced_memory()[1] < 200_000  # opening reads no weight
+        shares = []
+        for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings(params, mesh)), strict=True):
+            shares.append(leaf[sharding.addressable_devices_indices_map(leaf.shape)[mesh.devices.flat[0]]])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params)) * 4
+    share = sum(part.nbytes for part in shares)
+    layer = sum(leaf.size for leaf in jax.tree.leaves(params["stack_0"])) * 4 // 6
+    assert share < 0.26 * whole and layer < 0.17 * whole
+    assert peak < share + layer
+
+
+def test_shards_reach_their_devices(deep):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    placed = place(open_folder(deep)[1], mesh, ml_dtypes.bfloat16)
+    assert placed["stack_0"]["mlp"]["down"]["kernel"].sharding.shard_shape((6, 512, 128)) == (6, 256, 64)
+    for stored, read in zip(jax.tree.leaves(placed), jax.tree.leaves(read_folder(deep)[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(stored).astype(np.float32), read)
+
+
+def test_weights_are_written_in_shards_and_in_another_dtype(deep, tmp_path):
+    architecture, params = open_folder(deep)
+    tokenizer = Tokenizer.from_gguf(tokenizer_metadata())
+    write_folder(str(tmp_path / "m"), architecture, params, tokenizer, dtype="bfloat16", most_shard=1_000_000)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and not list((tmp_path / "m").glob("*.part"))
+    assert all((tmp_path / "m" / name).stat().st_size < 1_100_000 for name in files)
+    assert index["metadata"]["total_size"] == sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
+    again = read_folder(str(tmp_path / "m"))
+    assert again[0] == architecture
+    same(again[1], read_folder(deep)[1])
