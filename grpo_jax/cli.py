@@ -159,6 +159,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
     made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
     made.add_argument("--rank", type=int, default=16, help="rank of adapters (default: 16)")
+    made = command("rewards", run_rewards, "try the rewards of a config before a run. --config NAME or FILE")
+    made.add_argument("--completions", metavar="FILE.jsonl", help="show what each reward gives to these, and why")
+    made.add_argument("--probe", metavar="N", type=int, default=0, help="sample N prompts and show how often they pass")
+    made.add_argument("--workdir", help="where --probe makes a model that the run would make (default: nowhere)")
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top
@@ -252,6 +256,21 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def run_rewards(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax rewards`."""
+    if not options.completions and options.probe <= 0:
+        raise InputError("rewards: nothing to do: give --completions FILE.jsonl, or --probe N with N above 0")
+    _, config = _config(options, overrides)
+    _set_up_jax(config)
+    from grpo_jax.recipes.try_rewards import probe, show
+
+    if options.completions:
+        show(config, pathlib.Path(options.completions))
+    if options.probe:
+        probe(config, options.probe, pathlib.Path(options.workdir) if options.workdir else None)
+    return 0
+
+
 def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax report`."""
     from grpo_jax.report import write_report
@@ -265,7 +284,7 @@ def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, configs.Config]:
-    if options.time_budget:
+    if "time_budget" in options and options.time_budget:
         overrides = [*overrides, f"--config.train.time_budget={options.time_budget}"]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # rewards.names=("my_rewards:length",) finds ./my_rewards.py

@@ -25,6 +25,7 @@ PAGES = (
     "docs/index.md",
     "docs/objectives.md",
     "docs/results.md",
+    "docs/rewards.md",
 )
 
 
