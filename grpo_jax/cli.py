@@ -164,6 +164,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("folder", help="folder to write")
     made.add_argument("--dtype", default="", choices=["float32", "bfloat16", "float16"], help="default: as it is kept")
     made.add_argument("--max_shard", type=float, default=5.0, help="gigabytes of a file, at most (default 5)")
+    made = command("rewards", run_rewards, "try the rewards of a config before a run. --config NAME or FILE")
+    made.add_argument("--completions", metavar="FILE.jsonl", help="show what each reward gives to these, and why")
+    made.add_argument("--probe", metavar="N", type=int, default=0, help="sample N prompts and show how often they pass")
+    made.add_argument("--workdir", help="where --probe makes a model that the run would make (default: nowhere)")
     made = command("report", run_report, "write report.html from what a run has left")
     made.add_argument("workdir", help="folder of the run")
     return top
@@ -269,6 +273,21 @@ def run_export(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def run_rewards(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax rewards`."""
+    if not options.completions and options.probe <= 0:
+        raise InputError("rewards: nothing to do: give --completions FILE.jsonl, or --probe N with N above 0")
+    _, config = _config(options, overrides)
+    _set_up_jax(config)
+    from grpo_jax.recipes.try_rewards import probe, show
+
+    if options.completions:
+        show(config, pathlib.Path(options.completions))
+    if options.probe:
+        probe(config, options.probe, pathlib.Path(options.workdir) if options.workdir else None)
+    return 0
+
+
 def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax report`."""
     from grpo_jax.report import write_report
@@ -282,7 +301,7 @@ def run_report(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, configs.Config]:
-    if options.time_budget:
+    if "time_budget" in options and options.time_budget:
         overrides = [*overrides, f"--config.train.time_budget={options.time_budget}"]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # rewards.names=("my_rewards:length",) finds ./my_rewards.py

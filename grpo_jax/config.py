@@ -183,12 +183,42 @@ class CodeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """The reward 'judge': a model behind an OpenAI-compatible server that returns {analysis, correctness} as JSON."""
+
+    url: str = option("", "address of the server's API, such as http://localhost:8000/v1")
+    model: str = option("", "the model's name on that server")
+    key_file: str = option("", "file that holds the API key; empty: none is sent")
+    prompt: str = option("", "file with another prompt, in which {prompt}, {answer}, {completion} are filled in")
+    max_tokens: int = option(1024, "tokens of the judge's reply")
+    timeout: float = option(30.0, "seconds that one request may take")
+    retries: int = option(3, "further requests after one that failed, with growing pauses")
+    concurrency: int = option(8, "requests under way at once")
+    requests_per_second: float = option(0.0, "requests begun in a second, at most; 0: no limit")
+    cache: str = option("", "JSONL file of verdicts, read first and added to; empty: kept in memory")
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What a completion earns: the weighted sum of its components."""
 
-    names: tuple[str, ...] = option(("answer", "format"), "components: names from REWARDS, or 'module:function'")
+    names: tuple[str, ...] = option(
+        ("answer", "format"), "components: in-graph and host rewards by name (see rewards.md), or 'module:function'"
+    )
     weights: tuple[float, ...] = option((1.0, 0.2), "one weight a component")
     timeout: float = option(60.0, "seconds that one call of a host reward may take")
+    on_error: str = option(
+        "raise", "an error or time-out of a host reward ends the run, or scores its completion 0", ("raise", "zero")
+    )
+    workers: int = option(0, "processes of 'module:function' rewards, and of `math`; 0: one a CPU core, at most 8")
+    language: str = option("en", "target of `language` and `language_detected`, as an ISO 639-1 code")
+    repetition_ngram: int = option(3, "`repetition`: tokens of an n-gram")
+    length_budget: int = option(0, "`overlong`, `cosine`: tokens that are too many; 0: sampler.max_new_tokens")
+    overlong_cache: int = option(0, "`overlong`: the last tokens of the budget, which cost; 0: a fifth of it")
+    cosine_right: tuple[float, ...] = option((1.0, 0.5), "`cosine` of a right completion: at 0 tokens, at the budget")
+    cosine_wrong: tuple[float, ...] = option((-1.0, -0.5), "`cosine` of a wrong completion, likewise")
+    math_timeout: float = option(5.0, "`math`: seconds that the comparison of one answer may take; later is wrong")
+    judge: JudgeConfig = option(JudgeConfig(), "")
     code: CodeConfig = option(CodeConfig(), "of the reward 'code'")
 
 
@@ -602,7 +632,9 @@ def validate(config: Config, source: str = "config") -> None:
         "base.worked_sums base.rope_theta base.sft.max_length cold_start.prompts cold_start.rows "
         "cold_start.sft.max_length sft.max_length optim.eps objective.cispo_max_ratio objective.sapo_temperature_pos "
         "objective.sapo_temperature_neg objective.outer_iterations sampler.group_size data.pool_factor "
-        "dpo.steps dpo.batch_size dpo.max_length dpo.beta"
+        "dpo.steps dpo.batch_size dpo.max_length dpo.beta "
+        "rewards.repetition_ngram rewards.math_timeout "
+        "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency"
     ).split()
     for name in positive:
         require(value_of(c, name) > 0, name, "must be positive")
@@ -615,7 +647,8 @@ def validate(config: Config, source: str = "config") -> None:
         "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
         "objective.overlong_cache objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
-        "dpo.lr optim.routing_bias_rate"
+        "dpo.lr optim.routing_bias_rate rewards.workers rewards.length_budget "
+        "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")
@@ -647,6 +680,16 @@ def validate(config: Config, source: str = "config") -> None:
         f"must hold one weight for each of rewards.names={c.rewards.names!r}",
     )
     require(len(set(c.rewards.names)) == len(c.rewards.names), "rewards.names", "names a reward twice")
+    for name in ("rewards.cosine_right", "rewards.cosine_wrong"):
+        require(len(value_of(c, name)) == 2, name, "must hold two numbers: without tokens, at the budget")
+    budget = c.rewards.length_budget or c.sampler.max_new_tokens
+    require(c.rewards.overlong_cache <= budget, "rewards.overlong_cache", f"must not exceed the budget, {budget}")
+    for name in ("url", "model"):
+        require(
+            "judge" not in c.rewards.names or bool(value_of(c.rewards.judge, name)),
+            f"rewards.judge.{name}",
+            "is empty, and the reward 'judge' needs it",
+        )
     require(not c.base.sft.path, "base.sft.path", "must stay empty: the base learns from base.worked_sums")
     require(c.base.width % c.base.heads == 0, "base.width", f"must divide by base.heads={c.base.heads}")
     require(

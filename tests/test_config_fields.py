@@ -8,10 +8,12 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 import re
 import sys
 import tempfile
+import threading
 import time
 import types
 
@@ -28,7 +30,16 @@ import tiny
 
 from grpo_jax import cli, metrics
 from grpo_jax.batches import join, make_packs, pack_shape, split, training_batch
-from grpo_jax.config import CodeConfig, Config, LogConfig, OptimConfig, field_names, parse_duration, value_of
+from grpo_jax.config import (
+    CodeConfig,
+    Config,
+    JudgeConfig,
+    LogConfig,
+    OptimConfig,
+    field_names,
+    parse_duration,
+    value_of,
+)
 from grpo_jax.data.arithmetic import worked_sums
 from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
@@ -46,8 +57,9 @@ from grpo_jax.recipes import base, cold_start, dpo, grpo, sft
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
-from grpo_jax.rewards import code
+from grpo_jax.rewards import code, judge
 from grpo_jax.rewards.sandbox import Limits, Outcome
+from grpo_jax.rewards.verifiers import verifier
 from grpo_jax.sampler.draw import draw_tokens
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.sampler.types import Rollout, Scores
@@ -850,6 +862,144 @@ def test_code_parallel():
         made = code.CodeReward(CodeConfig(parallel=parallel), place, Limits(1.0, 1, 1, 0, 1))
         assert made(completions=["print(3)"] * 4, tests=[ONE] * 4) == [1.0] * 4
         assert place.most == parallel
+
+
+@flips("rewards.on_error")
+def test_reward_on_error(model, tmp_path):
+    for on_error, fails, score in (("raise", True, np.nan), ("zero", False, 0.0)):
+        fields = {"rewards.names": ("bad",), "rewards.on_error": on_error}
+        made = prepared(model, rewards={"bad": lambda completions: 1 / 0}, **fields)
+        host = made[0].scorer.host
+        values = host.call(np.array([0]), np.zeros((1, 2), np.int32), np.array([1]))
+        assert np.array_equal(values, [[score]], equal_nan=True) and (host.take_error() is not None) == fails
+        lines = []
+        writer = types.SimpleNamespace(step=lambda done, line, to=lines: to.append(line))
+        session = recorded(*made, tmp_path, skipped=0, writer=writer)
+        assert lines[0]["reward_errors/bad"] == (not fails)
+        assert ("raised ZeroDivisionError" in session.terminal._err.getvalue()) == (not fails)
+
+
+@flips("rewards.workers")
+def test_reward_workers(model):
+    for workers, want in ((3, 3), (0, min(len(os.sched_getaffinity(0)), 8))):
+        fields = {"rewards.names": ("reward_functions:later", "math"), "rewards.weights": (1.0, 1.0)}
+        fields["rewards.workers"] = workers
+        scorer = prepared(model, **fields)[0].scorer
+        assert scorer.host.pool.size == scorer.host.functions["math"].pool.size == want
+
+
+IN_GRAPH_FIELDS = {  # reward, other value, scores of IN_GRAPH at the default and at the other value
+    "rewards.language": ("language", "ru", [1 / 3], [2 / 3]),
+    "rewards.repetition_ngram": ("repetition", 1, [-0.5], [-2 / 3]),
+    "rewards.length_budget": ("overlong", 3, [0.0], [-1.0]),
+    "rewards.overlong_cache": ("overlong", 10, [0.0], [-0.4]),
+    "rewards.cosine_right": ("cosine", (3.0, 3.0), [0.8272542], [3.0]),
+    "rewards.cosine_wrong": ("cosine", (-2.0, -2.0), [-0.8272542], [-2.0]),
+}
+
+
+@flips(*IN_GRAPH_FIELDS)
+def test_in_graph_reward_fields(name):
+    reward, value, at_default, at_other = IN_GRAPH_FIELDS[name]
+    text = "мир труд word".encode()
+    columns = {
+        "tokens": jnp.array([[1, 2, 1, 2, 1, 2, 0, 0, 0, 0]]),
+        "token_lengths": jnp.array([6 if reward == "repetition" else 4]),
+        "right": jnp.array([name != "rewards.cosine_wrong"]),
+    }
+    if reward == "overlong":
+        columns["tokens"] = jnp.zeros((1, 10), jnp.int32)  # a budget of 10, the last fifth of which costs
+    padded = jnp.asarray(np.frombuffer(text, np.uint8)[None])
+    for fields, want in (({}, at_default), ({name: value}, at_other)):
+        config = tiny.config(**{"sampler.max_new_tokens": 10, **fields}).rewards
+        scores, valid = jax.jit(verifier(reward, config))(padded, jnp.array([len(text)]), columns)
+        np.testing.assert_allclose(scores, want, atol=1e-6)
+        assert valid.tolist() == [1.0]
+
+
+@flips("rewards.math_timeout")
+def test_math_timeout(model):
+    for seconds in (5.0, 0.5):
+        fields = {"rewards.names": ("math",), "rewards.math_timeout": seconds, "rewards.timeout": 9.0}
+        reward = prepared(model, **fields)[0].scorer.host.functions["math"]
+        limits = []
+        reward.pool = types.SimpleNamespace(run=lambda tasks, *given, to=limits: to.append(given) or [{}] * len(tasks))
+        assert reward(["<answer>x+1</answer>"], ["1+x"]) == [0.0] and limits == [(seconds, pytest.approx(8.1))]
+
+
+@flips(*(f"rewards.judge.{field.name}" for field in dataclasses.fields(JudgeConfig)))
+def test_judge_fields(monkeypatch, tmp_path, name):
+    """Each field changes what is asked, how often, or what is kept; the server is a function here."""
+    files = {"key_file": "secret", "prompt": "Right? {completion}", "cache": ""}
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    other = {
+        "url": "http://other/v1",
+        "model": "second",
+        "max_tokens": 7,
+        "timeout": 3.0,
+        "retries": 0,
+        "concurrency": 1,
+        "requests_per_second": 2.0,
+        **{file: str(tmp_path / file) for file in files},
+    }
+    field = name.rpartition(".")[2]
+    known = {"url": "http://judge/v1", "model": "first", "concurrency": 2}
+
+    def found(**changed):
+        requests, waits, inside, most, lock = [], [], [], [], threading.Lock()
+
+        def urlopen(request, timeout):
+            with lock:
+                requests.append((request.full_url, request.headers, json.loads(request.data), timeout))
+                first = len(requests) == 1
+                inside.append(1)
+                most.append(len(inside))
+            time.sleep(0.05)
+            with lock:
+                inside.pop()
+                if first:
+                    raise OSError("reset")
+            verdict = json.dumps({"analysis": "", "correctness": True})
+            return contextlib.closing(io.StringIO(json.dumps({"choices": [{"message": {"content": verdict}}]})))
+
+        monkeypatch.setattr(judge.urllib.request, "urlopen", urlopen)
+        settings = tiny.config(**{f"rewards.judge.{k}": v for k, v in {**known, **changed}.items()}).rewards.judge
+        reward = judge.JudgeReward(settings, waits.append, lambda: 50.0)
+        try:
+            reward(prompts=["p"] * 3, completions=["a", "b", "c"])
+        except judge.JudgeError:
+            waits.append("gave up")
+        url, headers, body, timeout = requests[0]
+        prompt = body["messages"][0]["content"][:6]
+        cached = len((tmp_path / "cache").read_text().splitlines())
+        told = {
+            "url": url,
+            "model": body["model"],
+            "key_file": headers.get("Authorization"),
+            "prompt": prompt,
+            "max_tokens": body["max_tokens"],
+            "timeout": timeout,
+            "retries": "gave up" in waits,
+            "concurrency": max(most) > 1,
+            "requests_per_second": 0.5 in waits and 1.0 in waits,
+            "cache": cached,
+        }
+        return told[field]
+
+    want = {
+        "url": ("http://judge/v1/chat/completions", "http://other/v1/chat/completions"),
+        "model": ("first", "second"),
+        "key_file": (None, "Bearer secret"),
+        "prompt": ("You ju", "Right?"),
+        "max_tokens": (1024, 7),
+        "timeout": (30.0, 3.0),
+        "retries": (False, True),
+        "concurrency": (True, False),
+        "requests_per_second": (False, True),
+        "cache": (0, 3),
+    }
+    assert (found(), found(**{field: other[field]})) == want[field]
 
 
 # objective

@@ -26,6 +26,7 @@ PAGES = (
     "docs/models.md",
     "docs/objectives.md",
     "docs/results.md",
+    "docs/rewards.md",
 )
 
 

@@ -179,9 +179,9 @@ def scorer(
     known, callables = {**REWARDS, **(rewards or {})}, callables or {}
     if not set(config.rewards.names) <= {*known, *callables}:
         return build_scorer(config.rewards, TOKEN_BYTES, ROWS, decode, mesh, callables)
-    host = HostRewards(callables, ROWS, decode, config.rewards.timeout) if callables else None
+    host = HostRewards(callables, ROWS, decode, config.rewards.timeout, config.rewards.on_error) if callables else None
     table = byte_table(TOKEN_BYTES)
-    return TinyScorer(config.rewards.names, config.rewards.weights, table, host, mesh, {}, known)
+    return TinyScorer(config.rewards.names, config.rewards.weights, table, host, mesh, {}, rewards=known)
 
 
 def mesh(config: Config, devices: int | None = None) -> Mesh:

@@ -12,6 +12,7 @@ import numpy as np
 from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import row_sharding
+from grpo_jax.rewards.host import Record
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import answer_span, last_number
 from grpo_jax.rewards.texts import number as lenient_reward
@@ -48,15 +49,15 @@ class Evaluator:
         return jax.jit(functools.partial(sampling_variables, self.parts))
 
     @functools.cached_property
-    def _samplers(self) -> dict[tuple[int, float, float], Any]:
+    def _samplers(self) -> dict[tuple[int, float, float, int], Any]:
         return {}
 
-    def _sampler(self, samples: int, temperature: float, top_p: float) -> Any:
+    def _sampler(self, samples: int, temperature: float, top_p: float, top_k: int) -> Any:
         """A program (variables, prompts, key) -> rollout; one for each way of sampling."""
-        key = (samples, temperature, top_p)
+        key = (samples, temperature, top_p, top_k)
         if key not in self._samplers:
             config = dataclasses.replace(
-                self.parts.config.sampler, group_size=samples, temperature=temperature, top_k=0, top_p=top_p
+                self.parts.config.sampler, group_size=samples, temperature=temperature, top_k=top_k, top_p=top_p
             )
 
             def program(variables: Any, prompts: Prompts, noise: jax.Array) -> Rollout:
@@ -76,6 +77,7 @@ class Evaluator:
         top_p: float,
         step: int,
         between: Callable[[], None] = lambda: None,
+        top_k: int = 0,
     ) -> list[dict]:
         """One record a completion of the first `problems` problems, in order, scored by component.
 
@@ -83,40 +85,45 @@ class Evaluator:
         """
         shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
         at_once = max(self.parts.config.completions // samples // shards, 1) * shards
-        program = self._sampler(samples, temperature, top_p)
+        program = self._sampler(samples, temperature, top_p, top_k)
         variables = self._ready(variables)
         noise = noise_key(self.parts.config.seed, EVALUATION, step)
         fetch, records = Fetcher(), []
+        host = self.scorer.host
+        if host is not None:
+            host.step = step
         length = self.parts.config.data.max_prompt_length
         for batch in make_eval_batches(self.prompts, at_once, length, problems):
             between()
             prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
             rollout = program(variables, prompts, noise)
             scores = self.scorer.score_on_host(prompts, rollout, self._scores, fetch)
-            if self.scorer.host is not None and (error := self.scorer.host.take_error()):
+            if host is not None and (error := host.take_error()):
                 raise error
+            told = Record() if host is None else host.take()
             rollout, scores = fetch((rollout, scores))
-            records += self._records(batch, rollout, scores, samples)
+            records += self._records(batch, rollout, scores, samples, told)
         return records
 
-    def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int) -> list[dict]:
+    def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int, told: Record) -> list[dict]:
         records = []
         for i in range(len(rollout.lengths)):
             if rollout.weight[i] == 0:
                 continue
-            row = self.prompts.rows[int(batch.row[i // samples])]
-            text = self.tokenizer.decode(rollout.tokens[i, : rollout.lengths[i]].tolist())
-            values = dict(zip(self.scorer.names, scores.values[i].tolist(), strict=True))
+            number = int(batch.row[i // samples])
+            row, ids = self.prompts.rows[number], rollout.tokens[i, : rollout.lengths[i]].tolist()
+            extra = told.extra.get((number, tuple(ids)))
             records.append(
                 {
-                    "problem": int(batch.row[i // samples]),
+                    "problem": number,
                     "prompt": row["prompt"],
                     "answer": row["answer"],
-                    "completion": text,
-                    "rewards": values,
+                    "completion": self.tokenizer.decode(ids),
+                    "rewards": self.scorer.components(scores, i),
                     "right": scores.values[i, 0] >= 1.0,
                     "length": int(rollout.lengths[i]),
                     "ended": bool(rollout.ended[i]),
+                    **({"extra": extra} if extra else {}),
                 }
             )
         return records
@@ -150,7 +157,7 @@ def summarise(records: Sequence[dict]) -> dict[str, Any]:
     }
     formats = [name for name in records[0]["rewards"] if "format" in name]
     if formats:
-        found["format"] = float(np.mean([r["rewards"][formats[0]] for r in records]))
+        found["format"] = float(np.mean([r["rewards"][formats[0]] or 0.0 for r in records]))
     if all(last_number(str(r["answer"])) is not None for r in records):
         texts, answers = [r["completion"] for r in records], [r["answer"] for r in records]
         lenient = lenient_reward([r["prompt"] for r in records], texts, answer=answers)

@@ -36,7 +36,8 @@ from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
 from grpo_jax.recipes.sft import about_base, save_adapters
-from grpo_jax.rewards.scorer import build_scorer
+from grpo_jax.rewards.host import Progress, Record
+from grpo_jax.rewards.scorer import RewardPools, build_scorer
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
 from grpo_jax.terminal import Terminal
@@ -110,11 +111,14 @@ def run(
         )
         show_parameters(config, model.params, terminal)
         session = Session(parts, prompts, evaluator, workdir, stop, terminal, compiles)
-        state = session.train(model)
-        if config.lora.rank:
-            fetched = jax.device_get({**state.frozen, **state.trainable})
-            terminal.say(f"adapters for PEFT: {save_adapters(workdir / 'adapter', config, model, fetched)}")
-        return session.finish(state, began)
+        try:
+            state = session.train(model)
+            if config.lora.rank:
+                fetched = jax.device_get({**state.frozen, **state.trainable})
+                terminal.say(f"adapters for PEFT: {save_adapters(workdir / 'adapter', config, model, fetched)}")
+            return session.finish(state, began)
+        finally:
+            parts.scorer.close()
 
 
 def show_parameters(config: Config, params: Mapping[str, Any], terminal: Terminal) -> None:
@@ -203,9 +207,19 @@ def prepare(
     tokenizer = model.tokenizer
     token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
     scorers, sets = {}, {}
+    pools = RewardPools.of(config.rewards)
+    draws = config.data.pool_factor * config.data.prompts_per_step
+    progress = {"train": Progress(draws, config.train.steps), "eval": None}
     for split in ("train", "eval"):
         scorer = build_scorer(
-            config.rewards, token_bytes, rows[split], tokenizer.decode, mesh, dict(rewards) if rewards else None
+            config.rewards,
+            token_bytes,
+            rows[split],
+            tokenizer.decode,
+            mesh,
+            dict(rewards) if rewards else None,
+            pools,
+            progress[split],
         )
         scorers[split] = scorer
         sets[split] = build_prompt_set(
@@ -399,7 +413,7 @@ class Session:
         records = read_jsonl(path) if path.exists() else []
         weights = dict(zip(self.parts.scorer.names, self.parts.scorer.weights, strict=True))
         for record in records:
-            record["total"] = sum(weights[name] * value for name, value in record["rewards"].items())
+            record["total"] = sum(weights[name] * (value or 0.0) for name, value in record["rewards"].items())
         return records[:: max(len(records) // 3, 1)][:3]
 
 
@@ -430,19 +444,25 @@ class Recorder:
         line = divide(fetched.means)
         tokens = line.pop("tokens")
         scored = round(config.completions * line.get("pool/rounds", 1.0))
+        told = Record() if host is None else host.take(scored // jax.process_count())
         line |= found | {
             "seconds/step": seconds,
             "tokens_per_second": tokens / seconds,
             "compiles": s.compiles.compiles,
-            "seconds/rewards": 0.0 if host is None else host.take_seconds(scored // jax.process_count()),
+            "seconds/rewards": told.seconds,
         }
+        if host is not None:
+            line |= {f"reward_errors/{name}": float(len(told.failures.get(name, []))) for name in host.functions}
+            line |= {f"reward_metrics/{name}": sum(found) / len(found) for name, found in told.metrics.items()}
+        for failures in told.failures.values():
+            s.terminal.warn(f"step {done}: {failures[0][1]} ({len(failures)} completions scored 0)")
         line |= {f"seconds/{name}": value for name, value in phases.items()}
         self.writer.step(done, line)
         s.terminal.step(done, config.train.steps, line)
         if line["skipped"]:
             self.dump(done, fetched, rollout)
         if config.log.samples_every and done % config.log.samples_every == 0:
-            self.writer.samples(done, sample_rows(s, s.fetch(rollout), config.log.samples))
+            self.writer.samples(done, sample_rows(s, s.fetch(rollout), config.log.samples, told))
 
     def dump(self, done: int, metrics: Metrics, rollout: Any) -> None:
         """Keeps the batch of an update that was not finite, says where it began, and stops after too many."""
@@ -463,8 +483,11 @@ class Recorder:
             )
 
 
-def sample_rows(session: Session, rollout: Any, count: int) -> list[dict]:
-    """The first completions of a fetched rollout as rows of samples.jsonl, spread over its groups."""
+def sample_rows(session: Session, rollout: Any, count: int, told: Record | None = None) -> list[dict]:
+    """Completions of a fetched rollout, spread over its groups, as rows of samples.jsonl.
+
+    A component that does not apply is null there; `told` adds what rewards have logged about the completion.
+    """
     scorer, rows = session.parts.scorer, []
     total = np.asarray(scorer.total(rollout.scores))
     size = session.prompts.size
@@ -473,18 +496,20 @@ def sample_rows(session: Session, rollout: Any, count: int) -> list[dict]:
     filled = np.flatnonzero(rollout.weight)  # dynamic sampling may leave places empty
     for i in filled[:: max(len(filled) // count, 1)][:count].tolist() if count else ():
         row = session.prompts.rows[int(order[i])]
-        length = int(rollout.lengths[i])
+        ids = rollout.tokens[i, : int(rollout.lengths[i])].tolist()
+        extra = told.extra.get((int(order[i]), tuple(ids))) if told else None
         rows.append(
             {
                 "draw": int(rollout.draw[i]),
                 "prompt": row["prompt"],
-                "completion": session.tokenizer.decode(rollout.tokens[i, :length].tolist()),
+                "completion": session.tokenizer.decode(ids),
                 "answer": row["answer"],
-                "rewards": dict(zip(scorer.names, rollout.scores.values[i].tolist(), strict=True)),
+                "rewards": scorer.components(rollout.scores, i),
                 "total": float(total[i]),
                 "advantage": float(rollout.advantages[i, 0]),
-                "length": length,
+                "length": len(ids),
                 "ended": bool(rollout.ended[i]),
+                **({"extra": extra} if extra else {}),
             }
         )
     return rows

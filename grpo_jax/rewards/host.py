@@ -5,14 +5,12 @@ aborts (40 s seen). So a call never raises: what goes wrong is kept as an error 
 and the program gets a sentinel by which it masks the update.
 """
 
-import asyncio
 import collections
+import dataclasses
 import inspect
-import math
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.errors import InputError
+from grpo_jax.rewards.pool import LOADING, Pool, Pooled
+from grpo_jax.rewards.worker import KEYWORDS, Reply, TrainerState, invoke, short
 
 # Between callback and program, +inf says that a reward does not apply and NaN that it failed; none may return them.
 NOT_APPLICABLE = np.float32(np.inf)
@@ -33,68 +33,129 @@ ROW_AXES = ("data", "fsdp")
 # Numbers in an argument of a callback on CPU devices: 64 KiB.
 CPU_PIECE = 16384
 
+Key = tuple[int, tuple[int, ...]]
+"""A completion: its dataset row and its ids."""
+
 HostScores = tuple[Float[Array, "B C"], Float[Array, "B C"], Bool[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a draw number says about where a run stands: draws of a step, and steps of the run."""
+
+    draws_per_step: int
+    max_steps: int
+
+
+@dataclasses.dataclass
+class Record:
+    """What calls told beside scores.
+
+    Attributes:
+      seconds: time spent in them.
+      failures: completions scored 0 by `rewards.on_error`, by reward, with a line that says what went wrong.
+      metrics: values of `log_metric` by name.
+      extra: values of `log_extra` by column, of each completion.
+    """
+
+    seconds: float = 0.0
+    failures: dict[str, list[tuple[Key, str]]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    extra: dict[Key, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "Record") -> None:
+        """Takes in what another record holds."""
+        self.seconds += other.seconds
+        self.extra |= other.extra
+        for name, found in other.failures.items():
+            self.failures.setdefault(name, []).extend(found)
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
 
 
 class HostRewards:
     """Reward functions with TRL's signature, and the dataset rows that they read.
 
-    Each is called as `fn(prompts=[...], completions=[...], **columns)`, plus `completion_ids`, with what it accepts;
-    lists are aligned with the completions. A row whose prompt is a list of messages has its completions as
-    messages too. Calls are one at a time, in a thread with a time limit: a function that holds the interpreter's lock
-    (a runaway regular expression) cannot be stopped by it. A function that itself runs jax needs staged mode: the
+    Each is called as `fn(prompts=[...], completions=[...], **columns)`, plus `completion_ids`, `trainer_state`,
+    `log_extra` and `log_metric`, with what it accepts; lists are aligned with the completions. A row whose prompt is a
+    list of messages has its completions as messages too. A `Pooled` one runs in a worker process, which is killed at
+    its time limit. The others run one at a time in a thread with a time limit: a function that holds the interpreter's
+    lock (a runaway regular expression) cannot be stopped by it. A function that itself runs jax needs staged mode: the
     devices of the step wait for it.
 
+    A call that fails is made again for each completion alone, to find those at fault. With `on_error` 'zero' they are
+    scored 0, counted and shown; with 'raise' the step's update is masked and the host raises.
+
     Attributes:
-      seconds: time spent in calls.
       calls: calls made.
       scored: completions scored.
+      seconds: time spent in calls.
+      step: steps done, where calls give no draw numbers.
     """
 
     def __init__(
         self,
-        functions: dict[str, Callable[..., Any]],
+        functions: Mapping[str, Callable[..., Any] | Pooled],
         rows: Sequence[dict[str, Any]],
         decode: Callable[[list[int]], str],
         timeout: float,
+        on_error: str = "raise",
+        pool: Pool | None = None,
+        progress: Progress | None = None,
     ):
-        self.functions, self.rows, self.decode, self.timeout = functions, rows, decode, timeout
-        self.seconds, self.calls, self.scored = 0.0, 0, 0
-        self._timed: collections.deque[tuple[int, float]] = collections.deque()
+        self.functions, self.rows, self.decode, self.timeout = dict(functions), rows, decode, timeout
+        self.on_error, self.pool, self.progress = on_error, pool, progress
+        self.seconds, self.calls, self.scored, self.step = 0.0, 0, 0, 0
+        self._records: collections.deque[tuple[int, Record]] = collections.deque()
         self._error: InputError | None = None
         self._lock = threading.Lock()
 
     def call(
-        self, row: Int[np.ndarray, "B"], tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"]
+        self,
+        row: Int[np.ndarray, "B"],
+        tokens: Int[np.ndarray, "B T"],
+        lengths: Int[np.ndarray, "B"],
+        draw: Int[np.ndarray, "B"] | None = None,
     ) -> Float[np.ndarray, "B C"]:
-        """Scores by function: NOT_APPLICABLE where one returned None, all FAILED if anything went wrong; never raises.
+        """Scores by function: NOT_APPLICABLE where one returned None, all FAILED after an error; never raises.
 
-        After a failure every call fails at once until `take_error`, so that one hanging reward costs one time limit.
+        After an error every call fails at once until `take_error`, so that one hanging reward costs one time limit.
         """
         with self._lock:
-            begin = time.perf_counter()
+            begin, record = time.perf_counter(), Record()
             values = np.full((len(row), len(self.functions)), FAILED, np.float32)
             try:
                 if self._error is None:
-                    values = self._score(np.asarray(row), np.asarray(tokens), np.asarray(lengths))
+                    ids = [line[:n].tolist() for line, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
+                    texts = [self.decode(line) for line in ids]
+                    values = self._score(np.asarray(row).tolist(), texts, ids, draw, record)
             except InputError as error:
                 self._error = error
             except Exception as error:
                 self._error = InputError(f"host rewards: {type(error).__name__}: {error}")
-            seconds = time.perf_counter() - begin
-            self._timed.append((len(row), seconds))
-            self.seconds += seconds
+            record.seconds = time.perf_counter() - begin
+            self._records.append((len(row), record))
+            self.seconds += record.seconds
             self.calls += 1
             self.scored += len(row)
             return values
 
-    def take_seconds(self, completions: int) -> float:
-        """Seconds of the oldest calls not asked for so far that scored so many completions: those of one step."""
+    def score_texts(self, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[Float[np.ndarray, "B C"], Record]:
+        """Scores and record of one text for each dataset row; raises InputError where `on_error` says so."""
+        record = Record()
+        return self._score(list(range(len(texts))), list(texts), list(ids), None, record), record
+
+    def take(self, completions: int | None = None) -> Record:
+        """What the oldest calls not asked for so far told that scored so many completions: those of one step.
+
+        None: what all calls told.
+        """
         with self._lock:
-            total = 0.0
-            while completions > 0 and self._timed:
-                count, seconds = self._timed.popleft()
-                completions, total = completions - count, total + seconds
+            total = Record()
+            while self._records and (completions is None or completions > 0):
+                count, record = self._records.popleft()
+                completions = None if completions is None else completions - count
+                total.add(record)
             return total
 
     def take_error(self) -> InputError | None:
@@ -103,67 +164,108 @@ class HostRewards:
             error, self._error = self._error, None
             return error
 
-    def _score(self, row: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        ids = [line[:length].tolist() for line, length in zip(tokens, lengths, strict=True)]
-        texts = [self.decode(line) for line in ids]
-        rows = [self.rows[index] for index in row.tolist()]
-        names = dict.fromkeys(name for r in rows for name in r if name != "prompt")
-        inputs: dict[str, list] = {name: [r.get(name) for r in rows] for name in names}
-        inputs["prompts"] = [r["prompt"] for r in rows]
-        inputs["completions"] = [
-            text if isinstance(r["prompt"], str) else [{"role": "assistant", "content": text}]
-            for r, text in zip(rows, texts, strict=True)
-        ]
-        inputs["completion_ids"] = ids
-        scores = [run_reward(name, fn, inputs, texts, self.timeout) for name, fn in self.functions.items()]
-        return np.stack(scores, axis=1)
+    def _score(
+        self, row: list[int], texts: list[str], ids: list[list[int]], draw: Any, record: Record
+    ) -> Float[np.ndarray, "B C"]:
+        inputs = reward_inputs([self.rows[index] for index in row], texts, ids, self._state(draw))
+        replies = self._replies(inputs)
+        keys = [(r, tuple(line)) for r, line in zip(row, ids, strict=True)]
+        columns = [self._read(name, replies[name], inputs, texts, keys, record) for name in self.functions]
+        return np.stack(columns, axis=1)
+
+    def _state(self, draw: Any) -> TrainerState:
+        if self.progress is None:
+            return TrainerState(self.step)
+        count = self.progress.draws_per_step
+        step = self.step if draw is None or not len(draw) else int(np.max(draw)) // count
+        return TrainerState(step, self.progress.max_steps, step * count / max(len(self.rows), 1))
+
+    def _replies(self, inputs: dict[str, Any]) -> dict[str, Reply]:
+        """The reply of each function to the whole batch; those in worker processes run side by side."""
+        pooled = {name: f for name, f in self.functions.items() if isinstance(f, Pooled)}
+        replies: dict[str, Reply] = {}
+        if pooled:
+            assert self.pool is not None
+            tasks = [(f.target, {**inputs, **f.options}) for f in pooled.values()]
+            replies = dict(zip(pooled, self.pool.run(tasks, self.timeout), strict=True))
+        for name, function in self.functions.items():
+            if not isinstance(function, Pooled):
+                run = partial(invoke, function, inputs)
+                replies[name] = _within(self.timeout, run, name) or {"timeout": self.timeout}
+        return replies
+
+    def _read(
+        self, name: str, reply: Reply, inputs: dict[str, Any], texts: list[str], keys: list, record: Record
+    ) -> Float[np.ndarray, "B"]:
+        """The scores of a reply; what failed raises InputError or is counted, as `on_error` says."""
+        scores, failures = read_reply(name, reply, texts)
+        if len(failures) == len(texts) > 1 and ("error" in reply or "timeout" in reply):
+            alone = self._alone(name, reply, inputs, len(texts))
+            single = [read_reply(name, one, [text]) for one, text in zip(alone, texts, strict=True)]
+            if any(found for _, found in single):
+                # Whoever fails alone is at fault; the others keep the score that they get alone.
+                scores = np.concatenate([part for part, _ in single])
+                failures = {i: found[0] for i, (_, found) in enumerate(single) if found}
+                reply = merged([one if "scores" in one else {"scores": [None]} for one in alone])
+        if failures and self.on_error == "raise":
+            raise next(iter(failures.values()))
+        if failures:
+            record.failures[name] = [(keys[i], str(error)) for i, error in failures.items()]
+            scores[list(failures)] = 0.0
+        for column, values in reply.get("extra", {}).items():
+            for key, value in zip(keys, values, strict=False):
+                record.extra.setdefault(key, {})[column] = value
+        for metric, values in reply.get("metrics", {}).items():
+            record.metrics.setdefault(metric, []).extend(values)
+        return scores
+
+    def _alone(self, name: str, reply: Reply, inputs: dict[str, Any], count: int) -> list[Reply]:
+        """The reply to each completion by itself, within not much more time; none when a thread still hangs."""
+        singles = [{k: [v[i]] if isinstance(v, list) else v for k, v in inputs.items()} for i in range(count)]
+        function = self.functions[name]
+        if isinstance(function, Pooled):
+            assert self.pool is not None
+            tasks = [(function.target, {**single, **function.options}) for single in singles]
+            return self.pool.run(tasks, self.timeout, self.timeout + LOADING)
+        if "timeout" in reply:
+            return [{"scores": [None]}] * count
+        found: list[Reply] = []
+        _within(self.timeout, lambda: found.extend(invoke(function, single) for single in singles) or found, name)
+        return found + [{"timeout": self.timeout}] * (count - len(found))
 
 
-def run_reward(
-    name: str, function: Callable[..., Any], inputs: dict[str, list], texts: list[str], timeout: float
-) -> Float[np.ndarray, "B"]:
-    """One float a completion, NOT_APPLICABLE for None; raises InputError for all else and after `timeout` seconds."""
+def reward_inputs(
+    rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Sequence[list[int]], state: TrainerState
+) -> dict[str, Any]:
+    """The keywords of a reward call: a list with one entry a completion each, and the trainer's state."""
+    names = dict.fromkeys(name for r in rows for name in r if name not in ("prompt", "completion", "completion_ids"))
+    inputs: dict[str, Any] = {name: [r.get(name) for r in rows] for name in names}
+    inputs["prompts"] = [r["prompt"] for r in rows]
+    inputs["completions"] = [
+        text if isinstance(r["prompt"], str) else [{"role": "assistant", "content": text}]
+        for r, text in zip(rows, texts, strict=True)
+    ]
+    return {**inputs, "completion_ids": list(ids), "trainer_state": state}
+
+
+def _within(seconds: float, work: Callable[[], Any], name: str) -> Any:
+    """What `work` returns, run in a thread; None when it takes longer."""
     outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            # Copies, so that a function that edits its lists does not change what the next one reads.
-            returned = function(**{key: list(value) for key, value in accepted(function, inputs).items()})
-            if inspect.isawaitable(returned):
-                returned = asyncio.run(_awaited(returned))
-            outcome.append(checked(name, returned, texts))
-        except InputError as error:
-            outcome.append(error)
-        except BaseException as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-            fix = "mend it, or return None where it does not apply"
-            outcome.append(_failure(name, what, "called with", texts, 0, fix))
-
-    worker = threading.Thread(target=work, name=f"reward {name}", daemon=True)
-    worker.start()
-    worker.join(timeout)
-    if not outcome:
-        what = f"did not return within rewards.timeout={timeout:g} seconds"
-        raise _failure(name, what, "called with", texts, 0, "make it faster or raise rewards.timeout")
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
+    thread = threading.Thread(target=lambda: outcome.append(work()), name=f"reward {name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else None
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
-
-
-def accepted(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that a function takes by name; all when it has `**kwargs` or no signature to read."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return inputs
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name in parameters}
+def merged(replies: Sequence[Reply]) -> Reply:
+    """Replies to single completions as one reply; a column that some did not log holds None there."""
+    columns = dict.fromkeys(column for reply in replies for column in reply.get("extra", {}))
+    metrics: dict[str, list[float]] = {}
+    for reply in replies:
+        for name, values in reply.get("metrics", {}).items():
+            metrics.setdefault(name, []).extend(values)
+    extra = {c: [(reply.get("extra", {}).get(c) or [None])[0] for reply in replies] for c in columns}
+    return {"scores": [reply["scores"][0] for reply in replies], "extra": extra, "metrics": metrics}
 
 
 def missing(function: Callable[..., Any], inputs: Sequence[str]) -> list[str]:
@@ -173,47 +275,52 @@ def missing(function: Callable[..., Any], inputs: Sequence[str]) -> list[str]:
     except (TypeError, ValueError):
         return []
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty]
-    return [p.name for p in named if p.name not in inputs]
+    return [p.name for p in named if p.name not in (*inputs, *KEYWORDS)]
 
 
-def checked(name: str, returned: Any, texts: list[str]) -> Float[np.ndarray, "B"]:
-    """What a reward returned as float32, NOT_APPLICABLE for None; raises InputError naming the completion at fault."""
+def read_reply(name: str, reply: Reply, texts: list[str]) -> tuple[Float[np.ndarray, "B"], dict[int, InputError]]:
+    """Scores as float32, NOT_APPLICABLE for None, FAILED where something is wrong, and what that is by completion."""
     fix = "return a list with one finite number, or None, for each completion"
-    if not isinstance(returned, list | tuple | np.ndarray):
-        raise _failure(name, f"returned {_short(returned)} ({type(returned).__name__})", "for", texts, 0, fix)
-    if len(returned) != len(texts):
-        what = f"returned {len(returned)} scores for {len(texts)} completions"
-        raise _failure(name, what, "called with", texts, 0, fix)
-    scores = np.full(len(texts), NOT_APPLICABLE, np.float32)
-    for i, value in enumerate(returned):
-        if value is None:
-            continue
-        what = f"returned {_short(value)} ({type(value).__name__})"
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-            raise _failure(name, what, "for", texts, i, fix)
-        try:
-            score = float(value)
-        except (OverflowError, TypeError, ValueError):
-            score = math.nan
-        if not abs(score) <= float(np.finfo(np.float32).max):
-            raise _failure(name, what, "for", texts, i, fix)
-        scores[i] = score
-    return scores
+    scores, whole = np.full(len(texts), FAILED, np.float32), ""
+    if "timeout" in reply:
+        whole = f"did not return within rewards.timeout={reply['timeout']:g} seconds"
+        fix = "make it faster or raise rewards.timeout"
+    elif "error" in reply:
+        kind, message, place = reply["error"]
+        whole, fix = f"raised {kind}: {message} ({place})", "mend it, or return None where it does not apply"
+    elif "returned" in reply:
+        whole = f"returned {reply['returned'][0]} ({reply['returned'][1]})"
+    elif len(reply["scores"]) != len(texts):
+        whole = f"returned {len(reply['scores'])} scores for {len(texts)} completions"
+    else:
+        uneven = [c for c, values in reply.get("extra", {}).items() if len(values) != len(texts)]
+        if uneven:
+            count = len(reply["extra"][uneven[0]])
+            whole = f"logged {count} values in log_extra({uneven[0]!r}) for {len(texts)} completions"
+            fix = "log one value for each completion"
+    if whole:
+        link = "for" if "returned" in reply else "called with"
+        return scores, {i: _failure(name, whole, link, text, fix) for i, text in enumerate(texts)}
+    failures = {}
+    for i, value in enumerate(reply["scores"]):
+        if isinstance(value, list):
+            failures[i] = _failure(name, f"returned {value[0]} ({value[1]})", "for", texts[i], fix)
+        else:
+            scores[i] = NOT_APPLICABLE if value is None else value
+    return scores, failures
 
 
-def _failure(name: str, what: str, link: str, texts: list[str], index: int, fix: str) -> InputError:
-    completion = f"{link} completion {_short(texts[index])}" if texts else f"{link} no completion"
-    return InputError(f"reward {name!r} {what}, {completion}; {fix}")
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    # Cut before repr: a completion may be a megabyte.
-    text = repr(value[:limit] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _failure(name: str, what: str, link: str, text: str, fix: str) -> InputError:
+    return InputError(f"reward {name!r} {what}, {link} completion {short(text)}; {fix}")
 
 
 def score_in_program(
-    host: HostRewards, mesh: Mesh, row: Int[Array, "B"], tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+    host: HostRewards,
+    mesh: Mesh,
+    row: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    draw: Int[Array, "B"] | None = None,
 ) -> HostScores:
     """(values, valid, failed) of host rewards inside a traced program, each completion scored once on any mesh.
 
@@ -230,7 +337,7 @@ def score_in_program(
 
         def receive(*pieces):
             whole = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(table.shape)
-            return host.call(whole[:, 0], whole[:, 2:], whole[:, 1])
+            return host.call(whole[:, 0], whole[:, 3:], whole[:, 1], None if draw is None else whole[:, 2])
 
         owner = jnp.bool_(True)
         for name in copied_over:
@@ -244,7 +351,8 @@ def score_in_program(
         )
         return jax.lax.psum(raw, copied_over) if copied_over else raw
 
-    table = jnp.concatenate([row[:, None], lengths[:, None], tokens], axis=1).astype(jnp.int32)
+    drawn = row if draw is None else draw
+    table = jnp.concatenate([row[:, None], lengths[:, None], drawn[:, None], tokens], axis=1).astype(jnp.int32)
     return decoded(call(table))
 
 

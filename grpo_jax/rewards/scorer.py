@@ -15,10 +15,24 @@ from jaxtyping import Array, Float
 from grpo_jax.config import RewardsConfig
 from grpo_jax.errors import InputError
 from grpo_jax.rewards import host as host_rewards
+from grpo_jax.rewards import judge, languages, mathematics
 from grpo_jax.rewards.code import code_reward
-from grpo_jax.rewards.host import HostRewards
-from grpo_jax.rewards.texts import expected_text, last_number
-from grpo_jax.rewards.verifiers import NEED_ANSWER, REWARDS, ByteTable, byte_table, completion_bytes
+from grpo_jax.rewards.host import HostRewards, Progress
+from grpo_jax.rewards.letters import SCRIPTS
+from grpo_jax.rewards.pool import Pool, Pooled
+from grpo_jax.rewards.texts import choice_letter, expected_text, last_number
+from grpo_jax.rewards.verifiers import (
+    NEED_ANSWER,
+    NEED_OPENED,
+    NEED_RIGHT,
+    REWARDS,
+    ByteTable,
+    Verifier,
+    byte_table,
+    completion_bytes,
+    prompt_opens,
+    verifier,
+)
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
 InGraph = tuple[Float[Array, "B C"], Float[Array, "B C"]]
@@ -35,6 +49,8 @@ class Scorer:
       host: the components that are ordinary Python; None when all are in-graph.
       mesh: the mesh that scoring programs run on.
       answers: answer_bytes and answer_lengths of every dataset row; empty when no component reads them.
+      functions: the in-graph components by name.
+      pools: the worker processes of host components.
     """
 
     names: tuple[str, ...]
@@ -43,6 +59,8 @@ class Scorer:
     host: HostRewards | None
     mesh: Mesh
     answers: Mapping[str, np.ndarray]
+    functions: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
+    pools: "RewardPools | None" = None
 
     def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """`Prompts.columns` of the dataset rows with these numbers; widths are those of the whole dataset."""
@@ -50,12 +68,13 @@ class Scorer:
 
     def score(self, prompts: Prompts, rollout: Rollout) -> Scores:
         """Scores of every component, traced inside the step's program."""
-        values, valid = self.score_in_graph(prompts, rollout)
-        if self.host is None:
-            return Scores(values, valid, failed=jnp.bool_(False))
-        row = prompts.row[rollout.group]
-        host = host_rewards.score_in_program(self.host, self.mesh, row, rollout.tokens, rollout.lengths)
-        return self._merge(self.host, (values, valid), host)
+        in_graph = self.score_in_graph(prompts, rollout)
+        by_host = None
+        if self.host is not None:
+            row = prompts.row[rollout.group]
+            given = (row, rollout.tokens, rollout.lengths, rollout.draw)
+            by_host = host_rewards.score_in_program(self.host, self.mesh, *given)
+        return self._merge(in_graph, by_host, rollout)
 
     def score_on_host(
         self,
@@ -68,45 +87,110 @@ class Scorer:
 
         `in_graph` is `score_in_graph` jitted by the caller (None runs it eagerly); `fetch` brings arrays to the host.
         """
-        values, valid = (in_graph or self.score_in_graph)(prompts, rollout)
+        found = (in_graph or self.score_in_graph)(prompts, rollout)
         with jax.transfer_guard("allow"):  # what the host finds goes to the device here, inside a guarded loop
             if self.host is None:
-                return Scores(values, valid, failed=jnp.bool_(False))
-            wanted = (prompts.row, rollout.group, rollout.tokens, rollout.lengths, rollout.weight)
-            row, group, tokens, lengths, weight = fetch(wanted)
+                return self._merge(found, None, rollout)
+            wanted = (prompts.row, rollout.group, rollout.tokens, rollout.lengths, rollout.weight, rollout.draw)
+            row, group, tokens, lengths, weight, draw = fetch(wanted)
             real = weight > 0  # a judge is not asked about filler
             raw = np.full((len(weight), len(self.host.functions)), host_rewards.NOT_APPLICABLE)
-            raw[real] = self.host.call(row[group][real], tokens[real], lengths[real])
-            return self._merge(self.host, (values, valid), host_rewards.decoded(jnp.asarray(raw)))
+            raw[real] = self.host.call(row[group][real], tokens[real], lengths[real], draw[real])
+            return self._merge(found, host_rewards.decoded(jnp.asarray(raw)), rollout)
 
     def score_in_graph(self, prompts: Prompts, rollout: Rollout) -> InGraph:
-        """(values, valid) of the in-graph components alone, in config order."""
-        functions = [REWARDS[name] for name in self.names if not self._on_host(name)]
-        if not functions:
+        """(values, valid) of the in-graph components alone, in config order; those that read others come later."""
+        names = [name for name in self.names if not self._on_host(name) and name not in self._late]
+        if not names:
             empty = jnp.zeros((rollout.tokens.shape[0], 0), jnp.float32)
             return empty, empty
         columns = {name: values[rollout.group] for name, values in prompts.columns.items()}
+        columns |= _token_columns(rollout)
+        if NEED_OPENED & set(names):
+            columns["opened"] = prompt_opens(self.table, prompts.tokens, prompts.lengths)[rollout.group]
         text, n = completion_bytes(self.table, rollout.tokens, rollout.lengths)
-        scores, valids = zip(*(function(text, n, columns) for function in functions), strict=True)
+        scores, valids = zip(*(self.functions[name](text, n, columns) for name in names), strict=True)
         return jnp.stack(scores, axis=1), jnp.stack(valids, axis=1)
 
     def total(self, scores: Scores) -> Float[Array, "B"]:
         """sum_c weight_c * values_c * valid_c."""
         return (scores.values * scores.valid * jnp.asarray(self.weights, jnp.float32)).sum(axis=1)
 
+    def components(self, scores: Scores, index: int) -> dict[str, float | None]:
+        """The fetched scores of one completion by name; None where a component does not apply."""
+        pairs = zip(scores.values[index].tolist(), scores.valid[index].tolist(), strict=True)
+        return {name: value if valid else None for name, (value, valid) in zip(self.names, pairs, strict=True)}
+
+    def close(self) -> None:
+        """Ends the worker processes of host rewards."""
+        if self.pools is not None:
+            self.pools.close()
+
+    @property
+    def _late(self) -> list[str]:
+        """Components that read whether the first one says right."""
+        return [name for name in self.names if name in NEED_RIGHT and name in self.functions]
+
     def _on_host(self, name: str) -> bool:
         return self.host is not None and name in self.host.functions
 
-    def _merge(self, host: HostRewards, in_graph: InGraph, by_host: host_rewards.HostScores) -> Scores:
-        # Components come in-graph first, then host; put them into config order.
-        made = [name for name in self.names if not self._on_host(name)] + list(host.functions)
+    def _merge(self, in_graph: InGraph, by_host: host_rewards.HostScores | None, rollout: Rollout) -> Scores:
+        """All components in config order; they are made in-graph first, then by the host, then from the first one."""
+        made = [name for name in self.names if not self._on_host(name) and name not in self._late]
+        parts, failed = [in_graph], jnp.bool_(False)
+        if by_host is not None and self.host is not None:
+            made += list(self.host.functions)
+            parts.append(by_host[:2])
+            failed = by_host[2]
+        if self._late:
+            first = made.index(self.names[0])
+            values, valid = (jnp.concatenate([part[i] for part in parts], axis=1)[:, first] for i in (0, 1))
+            columns = {**_token_columns(rollout), "right": (values >= 1.0) & (valid > 0)}
+            text = jnp.zeros((rollout.tokens.shape[0], 1), jnp.uint8)
+            for name in self._late:
+                found = self.functions[name](text, jnp.zeros_like(rollout.lengths), columns)
+                parts.append((found[0][:, None], found[1][:, None]))
+            made += self._late
         order = np.array([made.index(name) for name in self.names])
-        values, valid, failed = by_host
-        return Scores(
-            values=jnp.concatenate([in_graph[0], values], axis=1)[:, order],
-            valid=jnp.concatenate([in_graph[1], valid], axis=1)[:, order],
-            failed=failed,
-        )
+        values, valid = (jnp.concatenate([part[i] for part in parts], axis=1)[:, order] for i in (0, 1))
+        return Scores(values=values, valid=valid, failed=failed)
+
+
+def _token_columns(rollout: Rollout) -> dict[str, Array]:
+    return {"tokens": rollout.tokens, "token_lengths": rollout.lengths}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RewardPools:
+    """The worker processes that the scorers of a run share; none is started before it is needed.
+
+    Attributes:
+      own: those of 'module:function' rewards.
+      answers: those that compare answers for the reward 'math'.
+    """
+
+    own: Pool
+    answers: Pool
+
+    @classmethod
+    def of(cls, config: RewardsConfig) -> "RewardPools":
+        """The pools of a config."""
+        return cls(Pool(config.workers), Pool(config.workers, mathematics.SETUP))
+
+    def close(self) -> None:
+        """Ends all processes."""
+        self.own.close()
+        self.answers.close()
+
+
+# Host rewards by name: from the config, the pools and the dataset to what is called.
+MakeReward = Callable[[RewardsConfig, RewardPools, Sequence[dict[str, Any]]], Callable[..., Any] | Pooled]
+HOST_REWARDS: dict[str, MakeReward] = {
+    "math": lambda config, pools, rows: mathematics.MathReward(pools.answers, config.math_timeout, config.timeout),
+    "language_detected": lambda config, pools, rows: languages.detected_reward(config.language),
+    "judge": lambda config, pools, rows: judge.JudgeReward(config.judge),
+    "code": lambda config, pools, rows: code_reward(config.code, rows),
+}
 
 
 def build_scorer(
@@ -116,36 +200,59 @@ def build_scorer(
     decode: Callable[[list[int]], str],
     mesh: Mesh,
     callables: dict[str, Callable[..., Any]] | None = None,
+    pools: RewardPools | None = None,
+    progress: Progress | None = None,
 ) -> Scorer:
     """The scorer of a config; raises InputError for unknown names, unreadable functions and rows without an answer.
 
     `tokenizer_bytes` are the bytes that each token id adds to the text, none for special tokens, which `decode` leaves
     out too. `rows` are the dataset: the prompt under 'prompt', the right answer under 'answer', other columns by their
-    names. `callables` are host rewards by name; they take precedence over names that exist otherwise.
+    names. `callables` are host rewards by name; they take precedence over names that exist otherwise. `pools` are
+    shared with other scorers (None: own ones), `progress` tells rewards the step.
     """
     callables = callables or {}
     unused = [name for name in callables if name not in config.names]
     if unused:
         raise InputError(f"rewards.names={config.names!r} leaves out the reward {unused[0]!r} that was passed: add it")
-    functions = {}
+    pools = pools or RewardPools.of(config)
+    functions: dict[str, Callable[..., Any] | Pooled] = {}
     for name in config.names:
         if name in callables:
             functions[name] = callables[name]
-        elif name == "code":
-            functions[name] = code_reward(config.code, rows)
+        elif name in HOST_REWARDS:
+            functions[name] = HOST_REWARDS[name](config, pools, rows)
         elif name not in REWARDS:
-            functions[name] = load_function(name, tuple(callables))
+            _require_columns(name, load_function(name, tuple(callables)), rows)
+            functions[name] = Pooled(name)
     for name, function in functions.items():
-        _require_columns(name, function, rows)
-    needing = [name for name in config.names if name in NEED_ANSWER and name not in functions]
+        if not isinstance(function, Pooled):
+            _require_columns(name, function, rows)
+    in_graph = [name for name in config.names if name not in functions]
+    check_in_graph(config, in_graph)
+    needing = [name for name in in_graph if name in NEED_ANSWER]
+    host = HostRewards(functions, rows, decode, config.timeout, config.on_error, pools.own, progress)
     return Scorer(
         names=config.names,
         weights=config.weights,
         table=byte_table(tokenizer_bytes),
-        host=HostRewards(functions, rows, decode, config.timeout) if functions else None,
+        host=host if functions else None,
         mesh=mesh,
         answers=answer_columns(rows, needing) if needing else {},
+        functions={name: verifier(name, config) for name in in_graph},
+        pools=pools if functions else None,
     )
+
+
+def check_in_graph(config: RewardsConfig, names: Sequence[str]) -> None:
+    """Raises InputError where the options of in-graph components, or their order, do not fit."""
+    if "language" in names and config.language not in SCRIPTS:
+        known = ", ".join(sorted(SCRIPTS))
+        raise InputError(f"rewards.language={config.language!r} has no known script: use one of {known}")
+    if config.names[0] in names and config.names[0] in NEED_RIGHT:
+        raise InputError(
+            f"rewards.names={config.names!r}: {config.names[0]!r} reads whether the first component is right: "
+            "put that one before it"
+        )
 
 
 def load_function(name: str, known: Sequence[str] = ()) -> Callable[..., Any]:
@@ -153,7 +260,7 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable[..., Any]:
     where = f"rewards.names={name!r}"
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        names = [*REWARDS, "code", *known]
+        names = [*REWARDS, *HOST_REWARDS, *known]
         raise InputError(f"{where} is not one of {', '.join(names)}, nor 'module:function'{_nearest(name, names)}")
     try:
         module = importlib.import_module(module_name)
@@ -180,9 +287,15 @@ def answer_columns(rows: Sequence[dict[str, Any]], needing: Sequence[str]) -> di
                 f"dataset row {index}: column 'answer' is empty, and the reward {needing[0]!r} needs it: give it "
                 f"an answer, drop it, or set data.answer_column"
             )
-        if "number" in needing and last_number(text) is None:
+        numeric = [name for name in needing if name in ("number", "answer_number")]
+        if numeric and last_number(text) is None:
             raise InputError(
-                f"dataset row {index}: answer {text[:80]!r} holds no number; the reward 'number' needs one"
+                f"dataset row {index}: answer {text[:80]!r} holds no number; the reward {numeric[0]!r} needs one"
+            )
+        if "choice" in needing and choice_letter(text) is None:
+            raise InputError(
+                f"dataset row {index}: answer {text[:80]!r} is no choice such as 'B' or '(B)'; the reward 'choice' "
+                "needs one"
             )
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     table = byte_table(encoded)
@@ -194,7 +307,7 @@ def _require_columns(name: str, function: Callable[..., Any], rows: Sequence[dic
         raise InputError(f"reward {name!r} is a {type(function).__name__}, not a function")
     if not len(rows):
         return
-    given = ["prompts", "completions", "completion_ids", *(key for key in rows[0] if key != "prompt")]
+    given = [*host_rewards.KEYWORDS, *(key for key in rows[0] if key != "prompt")]
     absent = host_rewards.missing(function, given)
     if absent:
         raise InputError(f"reward {name!r} wants the column {absent[0]!r}; the dataset has {', '.join(given)}")

@@ -130,6 +130,9 @@ def length(prompts: list[str], completions: list[str], answer: list[str], **colu
     """A reward as a user writes it."""
     assert set(columns) >= {"source"} and all(p.endswith("=") for p in prompts)
     SCORED.extend(completions)
+    if "log_extra" in columns:
+        columns["log_extra"]("characters", [len(text) for text in completions])
+        columns["log_metric"]("step", columns["trainer_state"].global_step)
     return [len(text) / 10 + (str(a) in text) for text, a in zip(completions, answer, strict=True)]
 
 
@@ -183,11 +186,14 @@ def test_a_function_and_rows_from_python(python_run, rows):
         assert row["rewards"] == {"length": pytest.approx(expected)} and row["total"] == pytest.approx(expected)
     lines = read_lines(workdir / "metrics.jsonl")
     assert all(line["seconds/rewards"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert all(row["extra"] == {"characters": len(row["completion"])} for row in samples)
+    assert [line["reward_metrics/step"] for line in lines] == [0, 1, 2]
+    assert all(line["reward_errors/length"] == 0 for line in lines)
 
 
 def test_the_config_says_what_was_given_from_python(python_run):
     config = json.loads((python_run[1] / "config.json").read_text())
-    assert config["rewards"] == {"names": ["length"], "weights": [1.0], "timeout": 60.0}
+    assert (config["rewards"]["names"], config["rewards"]["weights"]) == (["length"], [1.0])
     assert config["data"]["source"] == "memory"
 
 

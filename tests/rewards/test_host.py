@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from grpo_jax.errors import InputError
-from grpo_jax.rewards.host import HostRewards, decoded, score_in_program
+from grpo_jax.rewards.host import HostRewards, Progress, decoded, score_in_program
+from grpo_jax.rewards.pool import Pool, Pooled
 
 ROWS = [{"prompt": f"prompt {i}", "answer": str(i), "level": i} for i in range(4)]
 B, T = 16, 3
+TRL_KEYWORDS = ("trainer_state", "log_extra", "log_metric")
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
 
 
@@ -22,8 +24,9 @@ def decode(ids):
     return " ".join(map(str, ids))
 
 
-def host_of(*functions, timeout=10.0, rows=ROWS):
-    return HostRewards({f"reward_{i}": function for i, function in enumerate(functions)}, rows, decode, timeout)
+def host_of(*functions, timeout=10.0, rows=ROWS, **options):
+    named = {f"reward_{i}": function for i, function in enumerate(functions)}
+    return HostRewards(named, rows, decode, timeout, **options)
 
 
 def batch():
@@ -98,6 +101,10 @@ BAD = {
     "returned 1000": lambda completions: [1.0, 2.0, 10**400, 3.0],
     "returned '1.0' (str)": lambda completions: [1.0, 2.0, "1.0", 3.0],
     "returned [1.0] (list)": lambda completions: [1.0, 2.0, [1.0], 3.0],
+    "logged 1 values in log_extra('why') for 4 completions": lambda completions, log_extra: (
+        log_extra("why", ["x"]) or [1.0] * 4
+    ),
+    "returned {0: 1.0} (dict)": lambda completions: {0: 1.0},
     "returned None (NoneType)": lambda completions: None,
     "returned 1.0 (float)": lambda completions: 1.0,
     "returned 'abcd' (str)": lambda completions: "abcd",
@@ -168,7 +175,88 @@ def test_trl_calling_convention():
     assert got["prompts"] == [f"prompt {i}" for i in range(4)]
     assert got["answer"] == ["0", "1", "2", "3"] and got["level"] == [0, 1, 2, 3]
     assert got["completion_ids"] == [[], [3], [6, 7], [9, 10, 11]]
-    assert set(got) == {"prompts", "completions", "completion_ids", "answer", "level"}
+    assert set(got) == {"prompts", "completions", "completion_ids", "answer", "level", *TRL_KEYWORDS}
+    assert got["trainer_state"].global_step == 0
+
+
+def test_what_rewards_log_is_kept_by_completion_and_by_step():
+    def tells(completions, log_extra, log_metric, trainer_state):
+        log_extra("size", [len(c) for c in completions])
+        log_extra("odd", [float("nan"), object(), [1, "x"], None])
+        log_metric("mean", np.float32(len(completions[0])))
+        log_metric("step", trainer_state.global_step)
+        return [0.0] * 4
+
+    host = host_of(tells, progress=Progress(draws_per_step=2, max_steps=7))
+    row, tokens, lengths = (part[:4] for part in batch())
+    for step in range(3):
+        host.call(row, tokens, lengths, np.full(4, 2 * step + 1))
+    first, others = host.take(4), host.take()
+    keys = [(r, tuple(line[:n].tolist())) for r, line, n in zip(row, tokens, lengths, strict=True)]
+    assert [first.extra[key]["size"] for key in keys] == [0, 1, 3, 7]
+    assert [first.extra[key]["odd"] for key in keys][0::2] == [None, [1, "x"]]
+    assert first.metrics == {"mean": [0.0], "step": [0.0]} and others.metrics["step"] == [1.0, 2.0]
+    assert first.seconds > 0 and not first.failures and host.take().seconds == 0
+
+
+def picky(completions, log_extra):
+    if any(c == "6 7" for c in completions):
+        raise ValueError("not this one")
+    log_extra("n", [len(c) for c in completions])
+    return [1.0] * len(completions)
+
+
+def test_on_error_zero_scores_counts_and_shows_those_at_fault():
+    host = host_of(picky, lambda completions: [1.0, float("nan"), None, 2.0], on_error="zero")
+    values = one_call(host)
+    np.testing.assert_array_equal(values, [[1, 1], [1, 0], [0, np.inf], [1, 2]])
+    record = host.take()
+    assert {name: len(found) for name, found in record.failures.items()} == {"reward_0": 1, "reward_1": 1}
+    assert "raised ValueError: not this one" in record.failures["reward_0"][0][1]
+    assert "completion '6 7'" in record.failures["reward_0"][0][1]
+    assert "returned nan (float), for completion '3'" in record.failures["reward_1"][0][1]
+    assert [extra["n"] for extra in record.extra.values()] == [0, 1, None, 7] and host.take_error() is None
+
+
+def test_on_error_raise_shows_the_completion_at_fault():
+    host = host_of(picky)
+    assert np.isnan(one_call(host)).all()
+    assert "not this one" in str(error := host.take_error()) and "completion '6 7'" in str(error)
+
+
+def test_a_batch_that_fails_only_as_a_whole_is_all_at_fault():
+    def wants_two(completions):
+        if len(completions) > 1:
+            raise ValueError("too many")
+        return [1.0]
+
+    host = host_of(wants_two, on_error="zero")
+    assert one_call(host).tolist() == [[0.0]] * 4 and len(host.take().failures["reward_0"]) == 4
+
+
+def test_rewards_in_worker_processes():
+    pool = Pool(2)
+    host = host_of(Pooled("reward_functions:measure"), Pooled("reward_functions:later"), pool=pool, on_error="zero")
+    try:
+        values = one_call(host)
+        record = host.take()
+        assert values.tolist() == [[0, 2], [1, 2], [3, 2], [np.inf, 2]]
+        extra = list(record.extra.values())
+        assert all(row["pid"] in pool.pids() and not row["jax"] for row in extra) and len(pool.pids()) <= 2
+        assert record.metrics == {"level": [1.5]}
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_hangs_is_killed_and_the_completion_at_fault_is_found():
+    pool = Pool(2)
+    host = host_of(Pooled("reward_functions:hangs_at_level_2"), pool=pool, on_error="zero", timeout=1.0)
+    try:
+        assert one_call(host).tolist() == [[1.0], [1.0], [0.0], [1.0]]
+        ((key, message),) = host.take().failures["reward_0"]
+        assert key[0] == 2 and "did not return within rewards.timeout=1 seconds" in message and "'6 7'" in message
+    finally:
+        pool.close()
 
 
 def test_prompts_that_are_chats_get_completions_that_are_chats():

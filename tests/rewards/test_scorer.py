@@ -11,8 +11,10 @@ from jax.sharding import AxisType
 
 from grpo_jax.config import RewardsConfig
 from grpo_jax.errors import InputError
-from grpo_jax.rewards.scorer import build_scorer, load_function
-from grpo_jax.rewards.texts import TEXT_REWARDS
+from grpo_jax.rewards.pool import Pooled
+from grpo_jax.rewards.scorer import HOST_REWARDS, build_scorer, load_function
+from grpo_jax.rewards.texts import text_reward
+from grpo_jax.rewards.verifiers import REWARDS
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
 ROWS = [{"prompt": f"p{i}", "answer": answer} for i, answer in enumerate(["12", "3", "1,000", "-4"])]
@@ -82,24 +84,30 @@ def some(completions, answer, **columns):
 @functools.cache
 def expected():
     answers = [ROWS[row]["answer"] for row in np.repeat(ROW_OF_PROMPT, 4)]
-    made = {name: fn(prompts=[""] * 8, completions=TEXTS, answer=answers) for name, fn in TEXT_REWARDS.items()}
-    return made | {"some": some(TEXTS, answers)}
+    call = {"prompts": [""] * 8, "completions": TEXTS, "answer": answers}
+    call |= {"completion_ids": [list(text.encode()) for text in TEXTS]}
+    made = {"some": some(TEXTS, answers)}
+    call["right"] = [value is not None and value >= 1 for value in made["some"]]
+    for name in ("number", "answer", "format", "answer_format", "cosine", "repetition"):
+        made[name] = text_reward(name, RewardsConfig(), 48)(**call)
+    return made
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_components_come_in_config_order_fused_and_staged(shape):
-    names = ("some", "number", "answer", "format", "answer_format")
+    names = ("some", "cosine", "number", "answer", "format", "repetition", "answer_format")
     scorer = build(names, callables={"some": some}, mesh=mesh_of(*shape))
     prompts, rollout = inputs(scorer)
     scores = jax.jit(scorer.score)(prompts, rollout)
     for c, name in enumerate(names):
         want = expected()[name]
-        assert scores.values[:, c].tolist() == [x or 0.0 for x in want], name
+        np.testing.assert_allclose(scores.values[:, c], [x or 0.0 for x in want], atol=1e-6, err_msg=name)
         assert scores.valid[:, c].tolist() == [float(x is not None) for x in want], name
     assert not scores.failed
     staged = scorer.score_on_host(prompts, rollout, in_graph=jax.jit(scorer.score_in_graph))
-    jax.tree.map(np.testing.assert_array_equal, staged, scores)
-    assert scorer.host is not None and scorer.host.scored == 16
+    np.testing.assert_allclose(staged.values, scores.values, atol=1e-6)
+    np.testing.assert_array_equal(staged.valid, scores.valid)
+    assert scorer.host is not None and scorer.host.scored == 16 and not staged.failed
 
 
 @pytest.mark.parametrize("names", [("answer", "format"), ("some",)])
@@ -173,13 +181,14 @@ def test_load_function_finds_and_refuses(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards_file.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_function("my_rewards_file:short")(completions=[]) == [0.0]
+    known = ", ".join([*REWARDS, *HOST_REWARDS])
     refused = {
         "my_rewards_file:shrot": "module 'my_rewards_file' has no 'shrot'; did you mean 'short'?",
         "my_rewards_file:limit": "'limit' is a int, not a function",
         "my_rewards_file:": "has no ''",
         "no_such_module_here:f": "no module 'no_such_module_here'",
         "broken_rewards_file:f": "importing 'broken_rewards_file' raised ZeroDivisionError",
-        "formta": "answer_format, number, code, nor 'module:function'; did you mean 'format'?",
+        "formta": f"is not one of {known}, nor 'module:function'; did you mean 'format'?",
         ":f": "Empty module name",
     }
     for name, message in refused.items():
@@ -188,6 +197,44 @@ def test_load_function_finds_and_refuses(tmp_path, monkeypatch):
         assert f"rewards.names={name!r}" in str(caught.value) and message in str(caught.value)
     for module in ("my_rewards_file", "broken_rewards_file"):
         sys.modules.pop(module, None)
+
+
+def test_a_named_function_runs_in_a_worker_and_a_callable_here():
+    scorer = build(("reward_functions:later", "some", "math"), callables={"some": some})
+    assert scorer.host is not None
+    assert scorer.host.functions["reward_functions:later"] == Pooled("reward_functions:later")
+    assert scorer.host.functions["some"] is some and not scorer.host.pool.pids()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"names": ("cosine", "answer")}, "'cosine' reads whether the first component is right"),
+        ({"names": ("language",), "language": "xx"}, "rewards.language='xx' has no known script: use one of"),
+        ({"names": ("choice",)}, "answer '12' is no choice such as 'B'"),
+    ],
+)
+def test_in_graph_rewards_that_do_not_fit(config, message):
+    made = RewardsConfig(**config, weights=(1.0,) * len(config["names"]))
+    with pytest.raises(InputError) as caught:
+        build_scorer(made, BYTES, ROWS, decode, mesh_of(1, 1, 1))
+    assert message in str(caught.value)
+
+
+def test_the_opening_tag_of_the_prompt_counts():
+    scorer = build(("format",))
+    prompts, rollout = inputs(scorer)
+    tokens = np.zeros((2, 10), np.int32)
+    tokens[1, -8:] = list(b"<think>\n")
+    prompts = prompts.replace(tokens=jnp.asarray(tokens), lengths=jnp.array([10, 8]))
+    rest = [text.removeprefix("<think>") for text in TEXTS]
+    filled = np.zeros((8, 48), np.int32)
+    for row, text in zip(filled, rest, strict=True):
+        row[: len(text)] = list(text.encode())
+    rollout = rollout.replace(tokens=jnp.asarray(filled), lengths=jnp.array([len(text) for text in rest]))
+    values = jax.jit(scorer.score_in_graph)(prompts, rollout)[0]
+    want = text_reward("format", RewardsConfig(), 48)([""] * 8, rest, opened=[False] * 4 + [True] * 4)
+    assert values[:, 0].tolist() == want and sum(want) == 1
 
 
 def test_callables_are_checked_before_anything_runs():
