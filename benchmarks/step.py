@@ -65,6 +65,7 @@ class DigitReward:
     answers: jax.Array
     lengths: jax.Array
     names: tuple[str, ...] = ("digits",)
+    weights: tuple[float, ...] = (1.0,)
 
     def score(self, prompts: Prompts, rollout: Any) -> Scores:
         """Scores [B, 1], in the program."""

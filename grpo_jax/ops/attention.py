@@ -48,8 +48,8 @@ def attend(
 
 def attend_shared_prefix(
     query: Float[Array, "B 1 H E"],
-    prefix: tuple[Float[Array, "N K P E"], Float[Array, "N K P v"], Bool[Array, "B 1 P"]],
-    own: tuple[Float[Array, "B K Z E"], Float[Array, "B K Z v"], Bool[Array, "B 1 Z"]],
+    prefix: tuple[Float[Array, "N K E P"], Float[Array, "N K P v"], Bool[Array, "B 1 P"]],
+    own: tuple[Float[Array, "B K E Z"], Float[Array, "B K Z v"], Bool[Array, "B 1 Z"]],
     scale: float | None = None,
     cap: float = 0.0,
 ) -> Float[Array, "B 1 H v"]:
@@ -59,12 +59,12 @@ def attend_shared_prefix(
     """
     batch, _, heads, size = query.shape
     (prefix_key, prefix_value, prefix_mask), (own_key, own_value, own_mask) = prefix, own
-    count, kv_heads, length, _ = prefix_key.shape
+    count, kv_heads, _, length = prefix_key.shape
     grouped = query.reshape(batch, kv_heads, -1, size)
     by_prefix = query.reshape(count, batch // count, kv_heads, -1, size)
-    prefix_scores = jnp.einsum("nrkge,nkpe->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
+    prefix_scores = jnp.einsum("nrkge,nkep->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
     prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, length)
-    own_scores = jnp.einsum("bkge,bkze->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
+    own_scores = jnp.einsum("bkge,bkez->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
     scale = scale or size**-0.5
     prefix_weights, own_weights = softmax(
         [

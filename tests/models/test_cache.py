@@ -74,7 +74,7 @@ def test_prefill_and_decode_equal_the_whole_pass(copied):
 def test_the_prompt_is_kept_once_unless_copied():
     shared, copied = decoded()[1], decoded(copied=True)[1]
     for one, many in zip(shared.layers, copied.layers, strict=True):
-        assert one.prompt_key.shape == (2, ARCHITECTURE.kv_heads, P, ARCHITECTURE.head_size)
+        assert one.prompt_value.shape == (2, ARCHITECTURE.kv_heads, P, ARCHITECTURE.head_size)
         np.testing.assert_array_equal(many.prompt_key, np.repeat(one.prompt_key, GROUP, axis=0))
         np.testing.assert_array_equal(many.prompt_value, np.repeat(one.prompt_value, GROUP, axis=0))
     assert shared.index.cursor == T - 1 and shared.index.segments.tolist() == [[1] * (T - 1) + [0]] * (2 * GROUP)

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_jax.ops.attention import attend, attend_shared_prefix, softmax, visible
 from grpo_jax.ops.norms import rms_norm
-from grpo_jax.ops.rope import rotary_angles, rotate
+from grpo_jax.ops.rope import Rope, frequencies, rotary_angles, rotate
 
 N, R, P, T, H, K, E = 2, 3, 5, 4, 4, 2, 6
 B = N * R
@@ -58,8 +58,9 @@ def test_a_shared_prefix_and_own_keys_are_one_softmax():
     prefix, own = (normal(N, P, K, E, seed=i) for i in (1, 2)), (normal(B, T, K, E, seed=i) for i in (3, 4))
     prefix_mask, own_mask = random_mask(B, 1, P), random_mask(B, 1, T)
     (prefix_key, prefix_value), (own_key, own_value) = prefix, own
-    by_head = [np.swapaxes(x, 1, 2) for x in (prefix_key, prefix_value, own_key, own_value)]
-    got = attend_shared_prefix(query, (*by_head[:2], prefix_mask), (*by_head[2:], own_mask))
+    keys = [x.transpose(0, 2, 3, 1) for x in (prefix_key, own_key)]
+    values = [np.swapaxes(x, 1, 2) for x in (prefix_value, own_value)]
+    got = attend_shared_prefix(query, (keys[0], values[0], prefix_mask), (keys[1], values[1], own_mask))
 
     def joined(prefix, own):
         return np.concatenate([np.repeat(prefix, R, axis=0), own], axis=1)
@@ -95,7 +96,7 @@ def test_softmax_over_segments_with_large_scores():
 @pytest.mark.parametrize("theta", [1e2, 1e5])
 def test_rotary_positions(theta):
     x, positions = normal(2, 4, H, E), np.array([[0, 1, 2, 3], [5, 900, 17, 2047]])
-    got = rotate(x, *rotary_angles(positions, E, theta))
+    got = rotate(x, *rotary_angles(positions, frequencies(Rope(theta=theta), E, 2048)))
     want = [numpy_decoder.rope(x[b].astype(np.float64), positions[b], theta) for b in range(2)]
     np.testing.assert_allclose(got, want, atol=3e-4)  # an angle of 2047 is rounded to 1e-4 in float32
     np.testing.assert_allclose(got[0], want[0], atol=2e-6)
