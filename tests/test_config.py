@@ -102,7 +102,8 @@ POSITIVE = (
     "base.sft.steps base.sft.batch_size base.sft.max_length cold_start.prompts cold_start.rows cold_start.sft.steps "
     "cold_start.sft.batch_size cold_start.sft.max_length sft.steps sft.batch_size sft.max_length rewards.timeout "
     "optim.eps sampler.group_size objective.cispo_max_ratio objective.sapo_temperature_pos "
-    "objective.sapo_temperature_neg objective.outer_iterations"
+    "objective.sapo_temperature_neg objective.outer_iterations rewards.repetition_ngram rewards.math_timeout "
+    "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size objective.reference_every objective.beta objective.epsilon_high "
@@ -111,7 +112,8 @@ NOT_NEGATIVE = (
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
     "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef objective.overlong_cache "
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
-    "objective.vespo_lambda_pos objective.vespo_lambda_neg"
+    "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
+    "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second"
 ).split()
 
 
@@ -182,6 +184,10 @@ def test_must_not_be_negative(name):
         ({"optim.b1": 1.0}, "optim.b1=1.0 must be at least 0 and below 1"),
         ({"optim.b2": -0.1}, "optim.b2=-0.1 must be at least 0 and below 1"),
         ({"rewards.names": (), "rewards.weights": ()}, "rewards.names=() is empty"),
+        ({"rewards.cosine_right": (1.0,)}, "rewards.cosine_right=(1.0,) must hold two numbers"),
+        ({"rewards.cosine_wrong": (1.0, 2.0, 3.0)}, "rewards.cosine_wrong=(1.0, 2.0, 3.0) must hold two numbers"),
+        ({"rewards.overlong_cache": 33}, "rewards.overlong_cache=33 must not exceed the budget, 32"),
+        ({"rewards.names": ("judge", "answer")}, "rewards.judge.url='' is empty, and the reward 'judge' needs it"),
         ({"rewards.weights": (1.0,)}, "rewards.weights=(1.0,) must hold one weight for each of rewards.names="),
         ({"rewards.names": ("answer", "answer")}, "rewards.names=('answer', 'answer') names a reward twice"),
         ({"base.sft.path": "a.jsonl"}, "base.sft.path='a.jsonl' must stay empty"),

@@ -19,7 +19,7 @@ from grpo_jax.parallel import check_batch, make_mesh
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_rows, starting_model
 from grpo_jax.recipes.loop import Stop, open_workdir
-from grpo_jax.rewards.scorer import HOST_REWARDS, build_scorer, check_in_graph
+from grpo_jax.rewards.scorer import build_scorer, check_in_graph
 from grpo_jax.rewards.texts import TEXT_REWARDS, expected_text, opens_thinking, reason, text_of, text_reward
 from grpo_jax.rewards.verifiers import NEED_RIGHT, REWARDS, byte_table, verifier
 from grpo_jax.terminal import Terminal
@@ -127,17 +127,16 @@ def _host_cells(
     found: dict[str, list[Cell]] = {}
     for c, name in enumerate(names):
         failed = dict(record.failures.get(name, []))
-        logged = [record.extra.get(key, {}) for key in keys]
+        own = {column for column, source in record.sources.items() if source == name}
+        logged = [{k: v for k, v in record.extra.get(key, {}).items() if k in own} for key in keys]
         why = [failed.get(key) or _logged(extra, name) for key, extra in zip(keys, logged, strict=True)]
         found[name] = [(float(v) if np.isfinite(v) else None, w) for v, w in zip(values[:, c], why, strict=True)]
     return found
 
 
 def _logged(extra: Mapping[str, Any], name: str) -> str:
-    """What a reward logged about a completion: under its own name for the package's, all columns for a user's."""
-    columns = {name: extra[name]} if name in extra else {} if name in HOST_REWARDS else extra
-    own = [f"{value}" if column == name else f"{column}={value}" for column, value in columns.items()]
-    return "; ".join(own)
+    """What a reward has logged about a completion; a column of its own name goes without saying."""
+    return "; ".join(str(value) if column == name else f"{column}={value}" for column, value in extra.items())
 
 
 def _own_in_graph(name: str, config: RewardsConfig, call: Mapping[str, Any]) -> list[float | None]:

@@ -56,17 +56,20 @@ class Record:
       failures: completions scored 0 by `rewards.on_error`, by reward, with a line that says what went wrong.
       metrics: values of `log_metric` by name.
       extra: values of `log_extra` by column, of each completion.
+      sources: the reward that has logged a column.
     """
 
     seconds: float = 0.0
     failures: dict[str, list[tuple[Key, str]]] = dataclasses.field(default_factory=dict)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     extra: dict[Key, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Record") -> None:
         """Takes in what another record holds."""
         self.seconds += other.seconds
         self.extra |= other.extra
+        self.sources |= other.sources
         for name, found in other.failures.items():
             self.failures.setdefault(name, []).extend(found)
         for name, values in other.metrics.items():
@@ -213,6 +216,7 @@ class HostRewards:
             record.failures[name] = [(keys[i], str(error)) for i, error in failures.items()]
             scores[list(failures)] = 0.0
         for column, values in reply.get("extra", {}).items():
+            record.sources[column] = name
             for key, value in zip(keys, values, strict=False):
                 record.extra.setdefault(key, {})[column] = value
         for metric, values in reply.get("metrics", {}).items():

@@ -171,7 +171,7 @@ def test_verdicts_are_found(text, want):
 @pytest.mark.parametrize(
     "text",
     ["", "true", "{", "[1]", '{"analysis": "a"}', '{"correctness": 2}', '{"correctness": NaN}', '{"correctness": "so"}']
-    + ['{"correctness": null}', '{"a":' * 2000, "{" * 2000],
+    + ['{"correctness": null}', '{"a":' * 300, "{" * 2000],
 )
 def test_replies_without_a_verdict(text):
     with pytest.raises(Retry):

@@ -395,19 +395,21 @@ def test_nothing_is_evaluated(tmp_path):
             text_reward(name, CONFIG, 8)(**call, right=[True])
             assert name in REWARDS
     assert not target.exists()
+    allowed = {
+        "pool.py": {"pickle", "subprocess"},  # hands tasks to its own workers
+        "worker.py": {"pickle"},  # reads what the trainer sends
+        "mathematics.py": {"sympy"},  # takes sympy's evaluating parser away from its workers
+        "sandbox.py": {"subprocess"},  # starts bubblewrap
+    }
     for path in pathlib.Path(grpo_jax.rewards.__file__).parent.glob("*.py"):
+        if path.name == "inside.py":  # runs in the sandbox alone
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name):
                 assert node.id not in ("eval", "exec", "compile", "__import__"), path
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                # mathematics.py takes sympy's evaluating parser away from its workers.
-                allowed = {
-                    "pool.py": {"pickle", "subprocess"},
-                    "worker.py": {"pickle"},
-                    "mathematics.py": {"sympy"},
-                }.get(path.name, set())
-                assert not {n.split(".")[0] for n in names} & {"sympy", "pickle", "subprocess"} - allowed, path
+                names = {name.split(".")[0] for name in [a.name for a in node.names] + [vars(node).get("module") or ""]}
+                assert not names & {"sympy", "pickle", "subprocess"} - allowed.get(path.name, set()), path
 
 
 def test_chats_are_scored_by_their_last_assistant_message():
