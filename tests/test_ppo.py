@@ -88,7 +88,7 @@ def descend_by_hand(config, trainable, rollout):
     beta = {} if not ppo.kl_in_reward else {"objective.beta": 0.0}
     config = tiny.config(**{**FIELDS, "objective.minibatches": o.minibatches, **beta})
     for m in range(o.minibatches):
-        rows = np.arange(m, len(rollout.lengths), o.minibatches)
+        rows = bigram.minibatch_rows(config, len(rollout.lengths), m)
         table, reference = new["params"]["table"], bigram.params(1)["table"]
         _, gradient = bigram.loss_and_gradient(table, reference, rollout.replace(advantages=seen), rows, config)
         values, hidden = values_of(new, rollout)
@@ -132,7 +132,8 @@ def test_an_update_against_numpy(rollout, fields):
         "table"
     ] > 1e-3
     jax.tree.map(lambda got, by_hand: np.testing.assert_allclose(got, by_hand, atol=2e-5), new.trainable, want)
-    counts = [mask[m :: parts.config.objective.minibatches].sum() for m in range(parts.config.objective.minibatches)]
+    config = parts.config
+    counts = [mask[bigram.minibatch_rows(config, 8, m)].sum() for m in range(config.objective.minibatches)]
     assert means["value/loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
     chosen = mask > 0
     assert means["value/mean"] == pytest.approx(old_values[chosen].mean(), rel=1e-4)
