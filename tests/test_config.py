@@ -139,8 +139,8 @@ def test_must_not_be_negative(name):
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
         (
-            {"objective.baseline": "none"},
-            "objective.scale_rewards='group' needs the group's mean as objective.baseline",
+            {"objective.baseline": "none", "objective.scale_rewards": "group"},
+            "objective.scale_rewards='group' needs the group's mean as objective.baseline, not 'none'",
         ),
         ({"objective.overlong_cache": 33}, "objective.overlong_cache=33 is more than sampler.max_new_tokens=32"),
         ({"objective.outer_iterations": 2}, "objective.outer_iterations=2 has no effect at objective.beta=0"),
