@@ -541,6 +541,7 @@ def _markdown_table(fields: list[dataclasses.Field], section: Any = None, prefix
 
 # Names that users of TRL bring.
 ELSEWHERE = {
+    "lr": "optim.lr",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "max_grad_norm": "optim.clip_norm",

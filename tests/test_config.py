@@ -102,7 +102,8 @@ POSITIVE = (
     "base.sft.steps base.sft.batch_size base.sft.max_length cold_start.prompts cold_start.rows cold_start.sft.steps "
     "cold_start.sft.batch_size cold_start.sft.max_length sft.steps sft.batch_size sft.max_length rewards.timeout "
     "optim.eps sampler.group_size objective.cispo_max_ratio objective.sapo_temperature_pos "
-    "objective.sapo_temperature_neg objective.outer_iterations"
+    "objective.sapo_temperature_neg objective.outer_iterations data.pool_factor dpo.steps dpo.batch_size "
+    "dpo.max_length dpo.beta rewards.code.seconds rewards.code.output_kb lora.alpha"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size objective.reference_every objective.beta objective.epsilon_high "
@@ -111,7 +112,8 @@ NOT_NEGATIVE = (
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
     "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef objective.overlong_cache "
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
-    "objective.vespo_lambda_pos objective.vespo_lambda_neg"
+    "objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank "
+    "rewards.code.files_mb rewards.code.parallel"
 ).split()
 
 
@@ -138,6 +140,20 @@ def test_must_not_be_negative(name):
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
+        ({"ppo.gamma": 1.1}, "ppo.gamma=1.1 must lie between 0 and 1"),
+        ({"ppo.lam": -0.1}, "ppo.lam=-0.1 must lie between 0 and 1"),
+        (
+            {"ppo.kl_in_reward": True},
+            "ppo.kl_in_reward=True needs objective.baseline='value' and objective.beta above 0",
+        ),
+        (
+            {"data.pool_factor": 2, "objective.baseline": "value"},
+            "data.pool_factor=2 selects groups by their advantages",
+        ),
+        ({"dpo.label_smoothing": 0.5}, "dpo.label_smoothing=0.5 must be at least 0 and below 0.5"),
+        ({"lora.targets": "("}, "lora.targets='(' is no regular expression"),
+        ({"rewards.code.memory_mb": 32}, "rewards.code.memory_mb=32 must be at least 64"),
+        ({"rewards.code.threads": 1}, "rewards.code.threads=1 must lie between 2 and 1000"),
         (
             {"objective.baseline": "none", "objective.scale_rewards": "group"},
             "objective.scale_rewards='group' needs the group's mean as objective.baseline, not 'none'",
