@@ -552,6 +552,9 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "objective.micro_batch_size",
     "reward_funcs": "rewards.names",
     "reward_weights": "rewards.weights",
+    "mask_truncated_completions": "objective.mask_truncated",
+    "ref_model_sync_steps": "objective.reference_every",
+    "vllm_importance_sampling_mode": "objective.correction",
     "model_name_or_path": "model.path",
 }
 

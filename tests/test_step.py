@@ -20,7 +20,6 @@ from grpo_jax.step import (
     Program,
     add_advantages,
     minibatch_gradient,
-    refresh_reference,
     rollout_means,
     sample_rollout,
     score_rollout,
@@ -200,15 +199,6 @@ def test_the_reference_is_a_copy_that_is_refreshed_every_k_steps(run):
     for state in run.states[LEARNING:]:
         assert_bitwise(state.reference, run.states[LEARNING].trainable)
     assert all(m["kl"] > 1e-6 for m in run.metrics[1:LEARNING])
-
-
-def test_the_reference_becomes_the_policy_at_the_end_of_an_outer_iteration(run):
-    """Iterative GRPO: of ten steps in two iterations, after the fifth and the tenth."""
-    parts = tiny.parts(tiny.config(**{"objective.beta": 0.1, "objective.outer_iterations": 2, "train.steps": 10}))
-    state = run.states[1]
-    refresh = jax.jit(lambda step: refresh_reference(parts, state.replace(step=step)).reference)
-    for step in range(1, 11):
-        assert_bitwise(refresh(step), state.trainable if step in (5, 10) else state.reference)
 
 
 def test_learning_rate_zero_changes_no_bit_and_has_no_kl(run):
