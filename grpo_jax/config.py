@@ -574,6 +574,7 @@ def _markdown_table(fields: list[dataclasses.Field], section: Any = None, prefix
 
 # Names that users of TRL bring.
 ELSEWHERE = {
+    "lr": "optim.lr",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "max_grad_norm": "optim.clip_norm",
@@ -584,6 +585,9 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "objective.micro_batch_size",
     "reward_funcs": "rewards.names",
     "reward_weights": "rewards.weights",
+    "mask_truncated_completions": "objective.mask_truncated",
+    "ref_model_sync_steps": "objective.reference_every",
+    "vllm_importance_sampling_mode": "objective.correction",
     "model_name_or_path": "model.path",
 }
 

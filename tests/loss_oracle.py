@@ -122,7 +122,7 @@ def loss_and_gradients(
 
 def correction_weights(logps, sampled, mask, config):
     """Importance weights by `config.correction`, 0 where masked."""
-    x = np.where(mask != 0, logps - sampled, 0)
+    x = np.subtract(logps, sampled, out=np.zeros(np.shape(logps)), where=mask != 0)
     if config.correction.startswith("sequence"):
         x = x.sum(axis=1, keepdims=True) + np.zeros_like(x)
     ratio = exp_with_tangent(x)

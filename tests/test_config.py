@@ -103,17 +103,20 @@ POSITIVE = (
     "cold_start.sft.batch_size cold_start.sft.max_length sft.steps sft.batch_size sft.max_length rewards.timeout "
     "optim.eps sampler.group_size objective.cispo_max_ratio objective.sapo_temperature_pos "
     "objective.sapo_temperature_neg objective.outer_iterations rewards.repetition_ngram rewards.math_timeout "
-    "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency"
+    "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
+    "data.pool_factor dpo.steps dpo.batch_size dpo.max_length dpo.beta rewards.code.seconds "
+    "rewards.code.output_kb lora.alpha"
 ).split()
 NOT_NEGATIVE = (
-    "objective.micro_batch_size objective.reference_every objective.beta objective.epsilon_high "
+    "objective.micro_batch_size train.pack_prompts objective.reference_every objective.beta objective.epsilon_high "
     "objective.advantage_epsilon optim.lr optim.clip_norm optim.warmup_steps optim.weight_decay "
     "optim.final_lr_fraction sampler.top_k sampler.slots eval.every eval.majority eval.temperature eval.alarm_drop "
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
     "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef objective.overlong_cache "
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
-    "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second"
+    "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second "
+    "ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank rewards.code.files_mb rewards.code.parallel"
 ).split()
 
 
@@ -140,9 +143,23 @@ def test_must_not_be_negative(name):
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
+        ({"ppo.gamma": 1.1}, "ppo.gamma=1.1 must lie between 0 and 1"),
+        ({"ppo.lam": -0.1}, "ppo.lam=-0.1 must lie between 0 and 1"),
         (
-            {"objective.baseline": "none"},
-            "objective.scale_rewards='group' needs the group's mean as objective.baseline",
+            {"ppo.kl_in_reward": True},
+            "ppo.kl_in_reward=True needs objective.baseline='value' and objective.beta above 0",
+        ),
+        (
+            {"data.pool_factor": 2, "objective.baseline": "value"},
+            "data.pool_factor=2 selects groups by their advantages",
+        ),
+        ({"dpo.label_smoothing": 0.5}, "dpo.label_smoothing=0.5 must be at least 0 and below 0.5"),
+        ({"lora.targets": "("}, "lora.targets='(' is no regular expression"),
+        ({"rewards.code.memory_mb": 32}, "rewards.code.memory_mb=32 must be at least 64"),
+        ({"rewards.code.threads": 1}, "rewards.code.threads=1 must lie between 2 and 1000"),
+        (
+            {"objective.baseline": "none", "objective.scale_rewards": "group"},
+            "objective.scale_rewards='group' needs the group's mean as objective.baseline, not 'none'",
         ),
         ({"objective.overlong_cache": 33}, "objective.overlong_cache=33 is more than sampler.max_new_tokens=32"),
         ({"objective.outer_iterations": 2}, "objective.outer_iterations=2 has no effect at objective.beta=0"),
@@ -195,14 +212,12 @@ def test_must_not_be_negative(name):
         ({"base.width": 12}, "base.width=12 over base.heads=4 must be even"),
         ({"base.kv_heads": 3}, "base.heads=4 must divide by base.kv_heads=3"),
         ({"objective.reference_every": 5}, "objective.reference_every=5 has no effect at objective.beta=0"),
+        ({"objective.minibatches": 3}, "objective.minibatches=3 must divide the 16 prompts of a step, or set"),
         (
-            {"objective.minibatches": 3},
-            "objective.minibatches=3 must divide the 128 completions (data.prompts_per_step=16 x sampler.group_size=8)",
+            {"objective.minibatches": 3, "train.share_prefix": False},
+            "objective.minibatches=3 must divide the 128 completions of a step",
         ),
-        (
-            {"objective.minibatches": 2, "objective.micro_batch_size": 48},
-            "objective.micro_batch_size=48 must divide the 64 completions of a minibatch",
-        ),
+        ({"objective.micro_batch_size": 4}, "objective.micro_batch_size=4 must be 0 or at least sampler.group_size=8"),
         ({"train.time_budget": "soon"}, "train.time_budget='soon' is not a time such as 300s, 55m or 2h"),
         ({"mesh.fsdp": -1}, "mesh.data=-1 and another axis are both -1"),
         ({"mesh.data": 0}, "mesh.data=0 must be -1 or at least 1"),
@@ -262,7 +277,8 @@ def test_every_config_file_loads_and_names_its_command(name):
     module = configs.load_config_module(path)
     made = from_dict(configs.read_config_file(path), str(path))
     assert made != Config()
-    command = r"grpo-jax train\n" if name == "arithmetic" else rf"grpo-jax train --config {name}\b"
+    verb = "sweep" if hasattr(module, "get_sweep") else "train"
+    command = r"grpo-jax train\n" if name == "arithmetic" else rf"grpo-jax {verb} --config {name}\b"
     assert re.search(command, module.__doc__), f"{path}: its docstring names no command"
     assert load_config(["--config", name]) == (path.stem, made)
     assert load_config([f"--config={path}"]) == (path.stem, made)

@@ -13,6 +13,7 @@ FLOORS = {
     "recipes": 6,
     "report": 6,
     "step": 5,
+    "batches": 5,
     "checkpoint": 5,
     "optimizer": 5,
     "generate": 4,

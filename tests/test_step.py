@@ -20,7 +20,7 @@ from grpo_jax.step import (
     Program,
     add_advantages,
     minibatch_gradient,
-    refresh_reference,
+    rollout_means,
     sample_rollout,
     score_rollout,
     update,
@@ -199,15 +199,6 @@ def test_the_reference_is_a_copy_that_is_refreshed_every_k_steps(run):
     for state in run.states[LEARNING:]:
         assert_bitwise(state.reference, run.states[LEARNING].trainable)
     assert all(m["kl"] > 1e-6 for m in run.metrics[1:LEARNING])
-
-
-def test_the_reference_becomes_the_policy_at_the_end_of_an_outer_iteration(run):
-    """Iterative GRPO: of ten steps in two iterations, after the fifth and the tenth."""
-    parts = tiny.parts(tiny.config(**{"objective.beta": 0.1, "objective.outer_iterations": 2, "train.steps": 10}))
-    state = run.states[1]
-    refresh = jax.jit(lambda step: refresh_reference(parts, state.replace(step=step)).reference)
-    for step in range(1, 11):
-        assert_bitwise(refresh(step), state.trainable if step in (5, 10) else state.reference)
 
 
 def test_learning_rate_zero_changes_no_bit_and_has_no_kl(run):
@@ -403,10 +394,23 @@ def test_updates_against_numpy(recorded, fields):
     assert state.draws == 3  # the filler prompt was not drawn
 
 
-def test_corrections_and_selected_tokens_are_counted(recorded):
-    share = clear_share(recorded)
-    fields = {"correction": "sequence_mask", "correction_max": 1.5, "top_entropy_quantile": share}
-    config, _, metrics, _ = descended(recorded, fields)
+@pytest.fixture(scope="module")
+def corrected(recorded):
+    """(config, table, metrics, state) with corrections by row and tokens of high entropy, on one and on 8 devices."""
+    fields = {
+        "correction": "sequence_mask",
+        "correction_max": 1.5,
+        "top_entropy_quantile": clear_share(recorded),
+        "entropy_coef": 0.1,
+        "loss_type": "grpo",
+        "minibatches": 2,
+        **PLAIN,
+    }
+    return [descended(recorded, fields, **{"mesh.data": devices}) for devices in (1, 8)]
+
+
+def test_corrections_and_selected_tokens_are_counted(recorded, corrected):
+    config, _, metrics, _ = corrected[0]
     counted = bigram.counted_mask(recorded, config) > 0
     made = bigram.beside(bigram.params(0)["table"], recorded, config)
     weights = made["corrections"][counted]
@@ -415,22 +419,13 @@ def test_corrections_and_selected_tokens_are_counted(recorded):
     d = (made["old"] - recorded.sampled_logps)[counted]
     assert metrics["correction/kl"] == pytest.approx((np.exp(d) - 1 - d).mean(), rel=1e-4)
     assert metrics["entropy/selected"] == pytest.approx(made["selected"][counted].mean(), rel=1e-5)
-    assert abs(metrics["entropy/selected"] - share) < 0.1
+    assert abs(metrics["entropy/selected"] - config.objective.top_entropy_quantile) < 0.1
     # The gap to the sampler is still that of the recorded log-probabilities.
     assert metrics["sampler_gap/mean"] > 0.1
 
 
-def test_options_of_the_loss_on_eight_devices(recorded):
-    """Sums over rows and a quantile over the rollout are those of one device."""
-    fields = {
-        "correction": "sequence_truncate",
-        "top_entropy_quantile": clear_share(recorded),
-        "entropy_coef": 0.1,
-        "loss_type": "grpo",
-        "minibatches": 2,
-        **PLAIN,
-    }
-    alone, spread = (descended(recorded, fields, **{"mesh.data": devices}) for devices in (1, 8))
+def test_sums_over_rows_and_a_quantile_of_the_rollout_are_the_same_on_eight_devices(corrected):
+    alone, spread = corrected
     start = bigram.params(0)["table"]
     assert relative_error(spread[1] - start, alone[1] - start) < 1e-5
     assert spread[2].keys() == alone[2].keys()
@@ -453,7 +448,8 @@ def test_advantages_of_a_step(recorded, mode):
         random = np.random.default_rng(0)
         steps, ends = random.random(mask.shape).astype(np.float32), (random.random(mask.shape) < 0.4) * mask
         scores = scores.replace(step_rewards=steps * ends, step_ends=ends.astype(np.float32))
-    got = np.asarray(add_advantages(parts, recorded, scores).advantages)
+    compute = jax.jit(lambda rollout, scores: add_advantages(parts, rollout, scores).advantages)
+    got = np.asarray(compute(recorded, scores))
     total = values @ weights
     if mode == "overlong":
         total = total - np.clip((recorded.lengths - 2) / 4, 0, 1)
@@ -485,12 +481,14 @@ def test_advantages_of_a_step(recorded, mode):
 
 
 def test_the_penalty_of_long_completions_is_counted(recorded):
-    _, _, metrics, _ = descended(recorded, {"overlong_cache": 4})
-    _, _, plain, _ = descended(recorded, {})
-    rows = recorded.weight > 0
-    penalty = -np.clip((recorded.lengths[rows] - 2) / 4, 0, 1).mean()
-    assert metrics["reward/overlong"] == pytest.approx(penalty, rel=1e-5) and penalty < -0.1
-    assert metrics["reward/total"] == pytest.approx(plain["reward/total"] + penalty, rel=1e-5)
+    means = []
+    for fields in ({}, {"objective.overlong_cache": 4}):
+        parts = bigram.parts(tiny.config(**UPDATE, **fields))
+        means.append(divide(jax.device_get(jax.jit(functools.partial(rollout_means, parts))(recorded))))
+    plain, penalised = means
+    penalty = -np.clip((recorded.lengths[recorded.weight > 0] - 2) / 4, 0, 1).mean()
+    assert penalised["reward/overlong"] == pytest.approx(penalty, rel=1e-5) and penalty < -0.1
+    assert penalised["reward/total"] == pytest.approx(plain["reward/total"] + penalty, rel=1e-5)
     assert "reward/overlong" not in plain
 
 

@@ -14,6 +14,7 @@ def get_config():
     c = default_config()
     c.text.template = "r1_zero"  # not stated
     c.data.prompts_per_step = 512  # not stated
+    c.data.pool_factor = 3  # the dynamic sampling of DAPO
     c.data.max_prompt_length = 2048  # not stated
     c.sampler.group_size = 16  # not stated
     c.sampler.max_new_tokens = 20_480  # not stated
