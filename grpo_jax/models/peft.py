@@ -45,8 +45,8 @@ FIXED: dict[str, Any] = {
 IGNORED = frozenset(
     "alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules "
     "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
-    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size r rank_pattern revision target_modules "
-    "task_type".split()
+    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size r rank_pattern revision "
+    "target_modules task_type".split()
 )
 
 
