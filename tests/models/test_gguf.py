@@ -185,6 +185,10 @@ def test_other_families_give_what_their_folders_give(tmp_path, family):
     """A file written from the folder that transformers made, its rotary halves left as they are."""
     folder = pathlib.Path(__file__).parent / "parity" / family
     architecture, params = read_folder(str(folder))
+    if family == "qwen3":  # the stored model has biases, which this family's files have no names for
+        architecture = dataclasses.replace(architecture, qkv_bias=False, out_bias=False)
+        for layer in ("query", "key", "value", "out"):
+            del params["stack_0"]["attention"][layer]["bias"]
     a, names = architecture, tensor_table(architecture)[0]
     metadata = {
         "general.architecture": family, f"{family}.block_count": a.layers, f"{family}.embedding_length": a.width,
