@@ -1,4 +1,4 @@
-"""GGUF files (versions 2 and 3) in numpy: checked header, lazy tensors, Llama weights.
+"""GGUF files (versions 2 and 3) in numpy: checked header, lazy tensors, weights of Llama, Qwen2 and Qwen3.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is untrusted: every count
 and length is held against the bytes that the file has before anything of that size is made.
@@ -261,23 +261,33 @@ NAMES = {
     "attention/key/kernel": "blk.{layer}.attn_k.weight",
     "attention/value/kernel": "blk.{layer}.attn_v.weight",
     "attention/out/kernel": "blk.{layer}.attn_output.weight",
+    "attention/query/bias": "blk.{layer}.attn_q.bias",
+    "attention/key/bias": "blk.{layer}.attn_k.bias",
+    "attention/value/bias": "blk.{layer}.attn_v.bias",
+    "attention/query_norm/scale": "blk.{layer}.attn_q_norm.weight",
+    "attention/key_norm/scale": "blk.{layer}.attn_k_norm.weight",
     "mlp_norm/scale": "blk.{layer}.ffn_norm.weight",
     "mlp/gate/kernel": "blk.{layer}.ffn_gate.weight",
     "mlp/up/kernel": "blk.{layer}.ffn_up.weight",
     "mlp/down/kernel": "blk.{layer}.ffn_down.weight",
 }
 
-# Keys below "llama." that say nothing about the computation, and those that may only have one value.
+# general.architecture -> what the family has beside Llama's layers.
+FAMILIES: dict[str, dict[str, bool]] = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+PAIRED = ("llama",)  # families whose files hold rotary pairs side by side
+
+# Keys below the family's name that say nothing about the computation, and those that may only have one value.
 IGNORED = {"context_length"}
 FIXED = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 
 
 def architecture_and_params(gguf: GGUF) -> tuple[Architecture, dict[str, Any]]:
-    """Sizes and float32 parameter tree of a Llama model; raises InputError at anything it cannot compute."""
+    """Sizes and float32 parameter tree of a model of FAMILIES; raises InputError at anything it cannot compute."""
     architecture = _architecture(gguf)
     found = {name: info.shape for name, info in gguf.tensors.items()}
     weights.check_shapes(weights.tensor_shapes(architecture, NAMES), found, gguf.path)
     heads = {"attention/query/kernel": architecture.heads, "attention/key/kernel": architecture.kv_heads}
+    heads = heads if architecture.family in PAIRED else {}
 
     def read(name: str, path: str) -> np.ndarray:
         tensor = gguf.tensor(name)
@@ -294,25 +304,27 @@ def _unpermute(weight: Float[np.ndarray, "out in"], heads: int) -> Float[np.ndar
 
 def _architecture(gguf: GGUF) -> Architecture:
     family = gguf.metadata.get("general.architecture")
-    if family != "llama":
-        raise InputError(f"{gguf.path}: general.architecture={family!r} is not supported: use one of 'llama'")
-    fields = {k.removeprefix("llama."): v for k, v in gguf.metadata.items() if k.startswith("llama.")}
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"{gguf.path}: general.architecture={family!r} is not supported: use one of {known}")
+    where = f"{gguf.path}: {family}."
+    fields = {k.removeprefix(f"{family}."): v for k, v in gguf.metadata.items() if k.startswith(f"{family}.")}
 
     def positive(name: str, default: int | None = None) -> int:
         value = fields.pop(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{gguf.path}: llama.{name}={value!r} must be a positive number: {DAMAGED}")
+            raise InputError(f"{where}{name}={value!r} must be a positive number: {DAMAGED}")
         return value
 
     def real(name: str, default: float | None = None) -> float:
         value = fields.pop(name, default)
         if not isinstance(value, float) or not 0 < value < float("inf"):
-            raise InputError(f"{gguf.path}: llama.{name}={value!r} must be a positive real number: {DAMAGED}")
+            raise InputError(f"{where}{name}={value!r} must be a positive real number: {DAMAGED}")
         return float(str(np.float32(value)))  # stored as float32: 9.99999974e-06 is meant as 1e-05
 
     layers, width, heads = positive("block_count"), positive("embedding_length"), positive("attention.head_count")
     if layers > len(gguf.tensors):  # before a list of so many layers is made
-        raise InputError(f"{gguf.path}: llama.block_count={layers} exceeds {len(gguf.tensors)} tensors: {DAMAGED}")
+        raise InputError(f"{where}block_count={layers} exceeds {len(gguf.tensors)} tensors: {DAMAGED}")
     head_size = positive("attention.key_length", width // heads)
     sizes = dict(
         width=width,
@@ -333,13 +345,14 @@ def _architecture(gguf: GGUF) -> Architecture:
         if name in IGNORED or (wanted is not None and value == wanted):
             continue
         fix = f"must be {wanted!r}" if wanted is not None else "is not known"
-        raise InputError(f"{gguf.path}: llama.{name}={value!r} {fix}: this decoder would compute something else")
-    return _checked(llama(layers, vocabulary=vocabulary, **sizes), gguf)
+        raise InputError(f"{where}{name}={value!r} {fix}: this decoder would compute something else")
+    made = llama(layers, vocabulary=vocabulary, **sizes)
+    return _checked(dataclasses.replace(made, family=family, **FAMILIES[family]), where, gguf)
 
 
-def _checked(a: Architecture, gguf: GGUF) -> Architecture:
+def _checked(a: Architecture, where: str, gguf: GGUF) -> Architecture:
     if a.heads % a.kv_heads:
-        raise InputError(f"{gguf.path}: llama.attention.head_count={a.heads} must divide by head_count_kv={a.kv_heads}")
+        raise InputError(f"{where}attention.head_count={a.heads} must divide by head_count_kv={a.kv_heads}")
     if a.head_size % 2:
         raise InputError(f"{gguf.path}: head size {a.head_size} must be even (rotary): {DAMAGED}")
     return a

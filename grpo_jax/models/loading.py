@@ -56,7 +56,8 @@ def _load(path: str) -> LoadedModel:
     if os.path.isdir(source) and (checkpoint := runs.find_checkpoint(source)) is not None:
         base = _load(checkpoint.base)
         params, adapters = runs.trained_params(checkpoint, base.params)
-        return dataclasses.replace(base, params=params, adapters=adapters, source=source)
+        tokenizer = base.tokenizer.with_end_tokens(tuple(checkpoint.config["text"]["end_tokens"]))
+        return LoadedModel(base.architecture, params, tokenizer, source, adapters)
     return _from_files(path, source)
 
 

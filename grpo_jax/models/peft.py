@@ -17,7 +17,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import read_json
 from grpo_jax.models.huggingface import tensor_table
 from grpo_jax.models.lora import ADAPTERS, SCALES, adapter_pairs, adapter_scales
-from grpo_jax.models.weights import layer_shapes, put
+from grpo_jax.models.weights import layer_shapes, put, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,8 +29,6 @@ FIXED: dict[str, Any] = {
     "use_rslora": False,
     "fan_in_fan_out": False,
     "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "trainable_token_indices": None,
     "lora_bias": False,
     "target_parameters": None,
@@ -45,9 +43,10 @@ FIXED: dict[str, Any] = {
 }
 # Fields that say how adapters came about, or nothing about what they compute; which layers have them, the tensors tell.
 IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
-    "init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config "
-    "megatron_config megatron_core peft_version qalora_group_size r revision target_modules task_type".split()
+    "alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules "
+    "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout "
+    "lora_ga_config megatron_config megatron_core peft_version qalora_group_size r rank_pattern revision "
+    "target_modules task_type".split()
 )
 
 
@@ -58,45 +57,83 @@ def write_adapters(
 
     `base` is the model that they belong to, as PEFT should name it.
     """
+    pairs = list(adapter_pairs(collections[ADAPTERS]))
+    rank = pairs[0][1].shape[-1]
+    parts: dict[str, list[tuple[Any, np.ndarray, np.ndarray]]] = {}
+    for layer, a, b in pairs:
+        modules, rows = _modules(architecture, layer)
+        for module, one_a, one_b in zip(modules, a, b, strict=True):
+            parts.setdefault(module, []).append((rows, one_a.T.astype(np.float32), one_b.T.astype(np.float32)))
+    outputs = tensor_shapes(architecture, tensor_table(architecture)[0])
     tensors: dict[str, np.ndarray] = {}
-    ranks: set[int] = set()
-    for layer, a, b in adapter_pairs(collections[ADAPTERS]):
-        ranks.add(a.shape[-1])
-        for i, module in enumerate(_modules(architecture, layer)):
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T.astype(np.float32))
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T.astype(np.float32))
-    (rank,) = ranks
+    for module, found in parts.items():
+        a, b = _joined(found, outputs[f"{module}.weight"][0])
+        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
+    several = {module: len(found) for module, found in parts.items() if len(found) > 1}
+    config = _config(architecture, sorted(parts), rank, alpha, base)
+    config["rank_pattern"] = {module: rank * count for module, count in several.items()}
+    config["alpha_pattern"] = {module: alpha * count for module, count in several.items()}
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    modules = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors})
-    (path / CONFIG).write_text(json.dumps(_config(architecture, modules, rank, alpha, base), indent=2) + "\n", "utf-8")
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     part = path / f"{WEIGHTS}.part"
     safetensors.numpy.save_file(tensors, str(part), metadata={"format": "pt"})
     part.replace(path / WEIGHTS)
 
 
+def _joined(parts: list[tuple[Any, np.ndarray, np.ndarray]], outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [k r, I] and B [O, k r] of a module that holds k of our layers: B's blocks fill the rows of each layer."""
+    rank = parts[0][1].shape[0]
+    b = np.zeros((outputs, rank * len(parts)), np.float32)
+    for i, (rows, _, one) in enumerate(parts):
+        b[slice(None) if rows is None else rows, i * rank : (i + 1) * rank] = one
+    return np.ascontiguousarray(np.concatenate([a for _, a, _ in parts])), b
+
+
 def read_adapters(folder: str, architecture: Architecture) -> dict[str, Any]:
-    """The collections `adapters` and `adapter_scales`; raises InputError naming file, field or tensor, and fix."""
+    """The collections `adapters` and `adapter_scales`; raises InputError naming file, field or tensor, and fix.
+
+    Adapters of a module that holds several of our layers (Phi-3's qkv_proj) become one pair for each of them.
+    """
     path = pathlib.Path(folder)
-    scale = _scale(path / CONFIG)
+    fields = _checked_config(path / CONFIG)
     try:
         found = safetensors.numpy.load_file(str(path / WEIGHTS))
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path / WEIGHTS}: is no whole safetensors file ({error}): get it again") from None
     adapters: dict[str, Any] = {}
+    used: set[str] = set()
     for layer in _layers(architecture):
-        modules = _modules(architecture, layer)
-        names = {leaf: [f"{PREFIX}{m}.lora_{leaf.upper()}.weight" for m in modules] for leaf in ("a", "b")}
-        if not any(name in found for pair in names.values() for name in pair):
+        modules, rows = _modules(architecture, layer)
+        names = [(f"{PREFIX}{m}.lora_A.weight", f"{PREFIX}{m}.lora_B.weight") for m in modules]
+        if not any(name in found for pair in names for name in pair):
             continue
-        for leaf, wanted in names.items():
-            if missing := [name for name in wanted if name not in found]:
-                raise InputError(f"{path / WEIGHTS}: tensor {missing[0]} is missing: adapters must be in every layer")
-            put(adapters, f"{layer}/{leaf}", np.stack([found.pop(name).T for name in wanted]).astype(np.float32))
-    if found:
-        raise InputError(f"{path / WEIGHTS}: tensor {min(found)} belongs to no linear layer of the model: remove it")
-    _check_shapes(path / WEIGHTS, architecture, adapters)
-    return {ADAPTERS: adapters, SCALES: adapter_scales(adapters, scale)}
+        if missing := [name for pair in names for name in pair if name not in found]:
+            raise InputError(f"{path / WEIGHTS}: tensor {missing[0]} is missing: adapters must be in every layer")
+        used |= {name for pair in names for name in pair}
+        parts = [_part(found[a], found[b], rows, fields["r"]) for a, b in names]
+        if _shared(architecture, layer) and not any(b.any() for _, b in parts):
+            continue  # the module's adapters are those of another layer in it
+        _check_shapes(path / WEIGHTS, architecture, layer, parts)
+        put(adapters, f"{layer}/a", np.stack([a.T for a, _ in parts]).astype(np.float32))
+        put(adapters, f"{layer}/b", np.stack([b.T for _, b in parts]).astype(np.float32))
+    if left := found.keys() - used:
+        raise InputError(f"{path / WEIGHTS}: tensor {min(left)} belongs to no linear layer of the model: remove it")
+    if not adapters:
+        raise InputError(f"{path / WEIGHTS}: holds no adapter of a linear layer: name a folder that PEFT wrote")
+    return {ADAPTERS: adapters, SCALES: adapter_scales(adapters, fields["lora_alpha"] / fields["r"])}
+
+
+def _part(a: np.ndarray, b: np.ndarray, rows: np.ndarray | None, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one of our layers: its rows of B, and of a module written by `_joined` the block that they use."""
+    if rows is not None and b.ndim == 2 and rows.max() < len(b):
+        b = b[rows]
+    if a.ndim == b.ndim == 2 and len(a) == b.shape[1] > rank and len(a) % rank == 0:
+        blocks = b.reshape(len(b), -1, rank).any(axis=(0, 2)).nonzero()[0]
+        if len(blocks) <= 1:
+            at = slice(int(blocks[0]) * rank, (int(blocks[0]) + 1) * rank) if len(blocks) else slice(0, rank)
+            a, b = a[at], b[:, at]
+    return a, b
 
 
 def is_adapters(path: str) -> bool:
@@ -112,8 +149,8 @@ def base_of(folder: str) -> str:
     return base
 
 
-def _scale(path: pathlib.Path) -> float:
-    """lora_alpha / r, when nothing in the config would compute something else."""
+def _checked_config(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json, when nothing in it would compute something else."""
     fields = read_json(str(path))
     for name, wanted in FIXED.items():
         if (value := fields.get(name, wanted)) != wanted and not (not value and not wanted):
@@ -128,55 +165,61 @@ def _scale(path: pathlib.Path) -> float:
     for name, value in (("r", rank), ("lora_alpha", alpha)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e6:
             raise InputError(f"{path}: {name}={value!r} must be a positive number: mend it")
-    assert rank is not None and alpha is not None
-    return alpha / rank
+    ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
+    for module in {**ranks, **alphas}:
+        if alphas.get(module, alpha) * rank != alpha * ranks.get(module, rank):
+            raise InputError(
+                f"{path}: rank_pattern and alpha_pattern give {module} another alpha / r than the others have: use "
+                "adapters with one scale"
+            )
+    return fields
 
 
 def _layers(architecture: Architecture) -> list[str]:
-    """Linear layers of the stacks that transformers has too, such as 'stack_0/attention/query'."""
-    apart = tensor_table(architecture)[1]
+    """Linear layers of the stacks, such as 'stack_0/attention/query'; routers and routed experts are none."""
     return [
         f"stack_{i}/{path.removesuffix('/kernel')}"
         for i, stack in enumerate(architecture.stacks)
         for path, shape in layer_shapes(architecture, stack).items()
-        if path.endswith("/kernel") and len(shape) == 2 and path not in apart and "router" not in path
+        if path.endswith("/kernel") and len(shape) == 2 and not path.endswith("/router/kernel")
     ]
 
 
-def _modules(architecture: Architecture, layer: str) -> list[str]:
-    """transformers' module names of a layer, one for each of its stack."""
+def _modules(architecture: Architecture, layer: str) -> tuple[list[str], np.ndarray | None]:
+    """transformers' module names of a layer, one for each of its stack, and which of a module's rows are its own."""
     stack, _, path = layer.partition("/")
+    names, rows = tensor_table(architecture)
     number = int(stack.removeprefix("stack_"))
     first = sum(s.layers for s in architecture.stacks[:number])
-    names, apart = tensor_table(architecture)
-    if f"{path}/kernel" in apart:
-        raise InputError(
-            f"{layer}: its rows lie in {names[f'{path}/kernel']} with others, or in another order, so PEFT has no "
-            "adapter for it alone: merge the adapters, or leave the layer out of lora.targets"
-        )
     name = names[f"{path}/kernel"].removesuffix(".weight")
-    return [name.format(layer=first + j) for j in range(architecture.stacks[number].layers)]
+    count = architecture.stacks[number].layers
+    return [name.format(layer=first + j) for j in range(count)], rows.get(f"{path}/kernel")
 
 
-def _check_shapes(path: pathlib.Path, architecture: Architecture, adapters: dict[str, Any]) -> None:
-    if not adapters:
-        raise InputError(f"{path}: holds no adapter of a linear layer: name a folder that PEFT wrote")
-    rank = next(adapter_pairs(adapters))[1].shape[-1]
-    for layer, a, b in adapter_pairs(adapters):
-        stack, _, below = layer.partition("/")
-        shapes = layer_shapes(architecture, architecture.stacks[int(stack.removeprefix("stack_"))])
-        outputs, inputs = shapes[f"{below}/kernel"]
-        if a.shape[1:] != (inputs, rank) or b.shape[1:] != (rank, outputs):
+def _shared(architecture: Architecture, layer: str) -> bool:
+    """Whether a module of transformers holds this layer and others."""
+    names, _ = tensor_table(architecture)
+    return list(names.values()).count(names[f"{layer.partition('/')[2]}/kernel"]) > 1
+
+
+def _check_shapes(path: pathlib.Path, architecture: Architecture, layer: str, parts: list[Any]) -> None:
+    stack, _, below = layer.partition("/")
+    shapes = layer_shapes(architecture, architecture.stacks[int(stack.removeprefix("stack_"))])
+    outputs, inputs = shapes[f"{below}/kernel"]
+    rank = len(parts[0][0])
+    for a, b in parts:
+        if a.shape != (rank, inputs) or b.shape != (outputs, rank):
             raise InputError(
-                f"{path}: the adapters of {layer} have shapes {list(a.shape[1:])} and {list(b.shape[1:])}, not "
-                f"{[inputs, rank]} and {[rank, outputs]}: use the model that they were trained on"
+                f"{path}: the adapters of {layer} have shapes {list(a.shape)} and {list(b.shape)}, not "
+                f"{[rank, inputs]} and {[outputs, rank]}: use the model that they were trained on"
             )
 
 
 def _config(architecture: Architecture, modules: list[str], rank: int, alpha: float, base: str) -> dict[str, Any]:
     """What PEFT needs; target_modules are last names where every layer has them, else full ones."""
     short = sorted({module.rpartition(".")[2] for module in modules})
-    every = len(modules) == len(short) * architecture.layers
+    # Routed experts have layers of the same last names, which have no adapters.
+    every = architecture.experts is None and len(modules) == len(short) * architecture.layers
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -171,6 +171,7 @@ def _dense(model_type: str, vocabulary: int, width: int, layers: int, heads: int
 
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
+GEMMA: dict[str, Any] = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", **TIED}
 DEEPSEEK_V3 = _dense(
     "deepseek_v3",
     129280,
@@ -220,13 +221,9 @@ PRESETS: dict[str, Preset] = {
     "Qwen3-0.6B": Preset("Qwen/Qwen3-0.6B", _dense("qwen3", 151936, 1024, 28, 16, 8, 3072, head_dim=128, **TIED)),
     "Qwen3-8B": Preset("Qwen/Qwen3-8B", _dense("qwen3", 151936, 4096, 36, 32, 8, 12288, head_dim=128)),
     "Qwen3-30B-A3B": Preset("Qwen/Qwen3-30B-A3B", _dense("qwen3_moe", 151936, 2048, 48, 32, 4, 6144, **QWEN3_30B)),
-    "Gemma-2-2B": Preset("google/gemma-2-2b-it", _dense("gemma2", 256000, 2304, 26, 8, 4, 9216, head_dim=256, **TIED)),
-    "Gemma-2-9B": Preset(
-        "google/gemma-2-9b-it", _dense("gemma2", 256000, 3584, 42, 16, 8, 14336, head_dim=256, **TIED)
-    ),
-    "Gemma-3-1B": Preset(
-        "google/gemma-3-1b-it", _dense("gemma3_text", 262144, 1152, 26, 4, 1, 6912, head_dim=256, **TIED)
-    ),
+    "Gemma-2-2B": Preset("google/gemma-2-2b-it", _dense("gemma2", 256000, 2304, 26, 8, 4, 9216, **GEMMA)),
+    "Gemma-2-9B": Preset("google/gemma-2-9b-it", _dense("gemma2", 256000, 3584, 42, 16, 8, 14336, **GEMMA)),
+    "Gemma-3-1B": Preset("google/gemma-3-1b-it", _dense("gemma3_text", 262144, 1152, 26, 4, 1, 6912, **GEMMA)),
     "Phi-3-mini": Preset("microsoft/Phi-3-mini-4k-instruct", _dense("phi3", 32064, 3072, 32, 32, 32, 8192)),
     "Phi-4": Preset("microsoft/phi-4", _dense("phi3", 100352, 5120, 40, 40, 10, 17920)),
     "DeepSeek-R1-Distill-Qwen-1.5B": Preset(

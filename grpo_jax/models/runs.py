@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -18,6 +19,7 @@ from grpo_jax.models.lora import ADAPTERS, SCALES, adapter_scales, fingerprint, 
 from grpo_jax.models.weights import put
 
 TRAINABLE = "trainable/"
+POLICY = ("params/", f"{TRAINABLE}params/", f"{TRAINABLE}{ADAPTERS}/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def trained_params(checkpoint: RunCheckpoint, params: dict[str, Any]) -> tuple[d
     With adapters the parameters are the base as it was frozen, rounding included: both together are the policy.
     """
     meta = _meta(checkpoint.folder)
-    names = {name: entry for name, entry in meta["layout"].items() if name.startswith(TRAINABLE)}
+    # DPO's states hold `params` alone; PPO's value model is not read.
+    names = {name: entry for name, entry in meta["layout"].items() if name.startswith(POLICY)}
     trainable: dict[str, Any] = {}
     for name, array in _arrays(checkpoint.folder, names).items():
         put(trainable, name.removeprefix(TRAINABLE), np.asarray(array, np.float32))
@@ -79,7 +82,7 @@ def _meta(folder: pathlib.Path) -> dict[str, Any]:
 
 def _arrays(folder: pathlib.Path, names: dict[str, Any]) -> dict[str, np.ndarray]:
     """The named arrays of a checkpoint on the host; the others stay on disk."""
-    wanted = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for name, (dtype, shape) in names.items()}
+    wanted = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for name, (dtype, shape) in names.items()}
     how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:

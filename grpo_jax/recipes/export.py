@@ -18,7 +18,7 @@ def export(source: str, folder: str, dtype: str = "", most_shard: int = MOST_SHA
     path = pathlib.Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{folder}: is there already: name a new folder")
-    model = load_model(source)
+    model = load_model(source, keep_adapters=True)
     params = model.params if model.adapters is None else merge(model.params, model.adapters)
     making = path.with_name(f"{path.name}.making")
     shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one

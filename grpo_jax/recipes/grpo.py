@@ -205,6 +205,8 @@ def prepare(
 ) -> tuple[StepParts, PromptSet, Evaluator]:
     """Everything that a step needs, checked: prompts within their budget, rewards that exist, answers there."""
     tokenizer = model.tokenizer
+    if config.lora.rank:
+        target_layers(model.params, config.lora.targets)  # raises when there are none
     token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
     scorers, sets = {}, {}
     pools = RewardPools.of(config.rewards)

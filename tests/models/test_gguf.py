@@ -1,14 +1,19 @@
 """The GGUF reader against files written here and a scalar dequantiser."""
 
+import dataclasses
+import pathlib
 import struct
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 from gguf_writer import LLAMA, f32, gguf_bytes, hf_weights, llama_tensors, tokenizer_metadata
 
 from grpo_jax.errors import InputError
-from grpo_jax.models.gguf import TENSOR_TYPES, architecture_and_params, read_gguf
+from grpo_jax.models import weights
+from grpo_jax.models.gguf import NAMES, TENSOR_TYPES, architecture_and_params, read_gguf
+from grpo_jax.models.huggingface import read_folder, tensor_table
 
 
 def half(raw: bytes) -> float:
@@ -175,6 +180,36 @@ def test_llama_weights_reach_their_places(tmp_path, tied):
         np.testing.assert_array_equal(params["head"]["kernel"], weights["lm_head.weight"].T)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_families_give_what_their_folders_give(tmp_path, family):
+    """A file written from the folder that transformers made, its rotary halves left as they are."""
+    folder = pathlib.Path(__file__).parent / "parity" / family
+    architecture, params = read_folder(str(folder))
+    if family == "qwen3":  # the stored model has biases, which this family's files have no names for
+        architecture = dataclasses.replace(architecture, qkv_bias=False, out_bias=False)
+        for layer in ("query", "key", "value", "out"):
+            del params["stack_0"]["attention"][layer]["bias"]
+    a, names = architecture, tensor_table(architecture)[0]
+    metadata = {
+        "general.architecture": family, f"{family}.block_count": a.layers, f"{family}.embedding_length": a.width,
+        f"{family}.feed_forward_length": a.mlp_width, f"{family}.attention.head_count": a.heads,
+        f"{family}.attention.head_count_kv": a.kv_heads, f"{family}.attention.key_length": a.head_size,
+        f"{family}.attention.value_length": a.head_size, f"{family}.rope.freq_base": float(a.rope_theta),
+        f"{family}.attention.layer_norm_rms_epsilon": a.norm_eps, f"{family}.context_length": 64,
+    }  # fmt: skip
+    by_name = dict(weights.disassemble(a, names, params))
+    renamed = {}
+    for path in weights.top_shapes(a):
+        renamed[NAMES[path]] = f32(by_name[names[path]])
+    for path in weights.layer_shapes(a):
+        for layer in range(a.layers):
+            renamed[NAMES[path].format(layer=layer)] = f32(by_name[names[path].format(layer=layer)])
+    found, tree = load(tmp_path, gguf_bytes({**metadata, **tokenizer_metadata()}, renamed)[0])
+    jax.tree.map(np.testing.assert_array_equal, tree, params)
+    assert found.rope_theta == a.rope_theta
+    assert dataclasses.replace(found, context=a.context, ropes=a.ropes, stacks=a.stacks) == a  # no YaRN, no windows
+
+
 def test_truncated_anywhere_is_refused(tmp_path):
     content, header = model_bytes()
     lengths = [*range(0, header, 301), header - 1, header, (header + len(content)) // 2, len(content) - 33]
@@ -247,7 +282,11 @@ def without(name: str) -> dict:
 @pytest.mark.parametrize(
     "metadata, weights, message",
     [
-        ({"general.architecture": "mamba"}, None, "general.architecture='mamba' is not supported: use one of 'llama'"),
+        (
+            {"general.architecture": "mamba"},
+            None,
+            "general.architecture='mamba' is not supported: use one of llama, qwen2, qwen3",
+        ),
         ({"llama.block_count": 0}, None, "llama.block_count=0"),
         ({"llama.block_count": 3}, None, "tensor blk.2.attn_norm.weight"),
         ({"llama.block_count": 1 << 30}, None, "llama.block_count=1073741824"),

@@ -168,7 +168,7 @@ def test_peft_folders_are_read_as_written(tmp_path):
         ({"use_rslora": True}, "use_rslora=True is not supported"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern and alpha_pattern give q_proj another alpha / r"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"new_trick": 1}, "new_trick=1 is an unknown field"),
         ({"r": 0}, "r=0 must be a positive number"),
@@ -186,7 +186,7 @@ def test_what_another_peft_would_compute_is_refused(tmp_path, change, message):
 def test_adapters_of_another_model_are_refused(tmp_path):
     write_adapters(str(tmp_path), OF, collections(), 3.0, "base")
     wider = tiny.architecture(layers=2, mlp_width=32)
-    with pytest.raises(InputError, match=r"stack_0/mlp/gate have shapes \[16, 2\] and \[2, 24\], not .*\[2, 32\]"):
+    with pytest.raises(InputError, match=r"stack_0/mlp/gate have shapes \[2, 16\] and \[24, 2\], not .*\[32, 2\]"):
         read_adapters(str(tmp_path), wider)
     with pytest.raises(InputError, match=r"layers.2.self_attn.q_proj.lora_A.weight is missing"):
         read_adapters(str(tmp_path), tiny.architecture(layers=3))
@@ -249,3 +249,34 @@ def test_what_peft_wrote_is_written_again(tmp_path):
     assert sorted(names) == mine.pop("target_modules"), "PEFT takes the last part of a name for all that end with it"
     assert mine.pop("base_model_name_or_path") == "base" and peft.pop("base_model_name_or_path")
     assert mine == {field: peft[field] for field in mine}
+
+
+@pytest.mark.parametrize("family", ["phi3", "deepseek_v3", "qwen2", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize("targets", ["", "(query|up)$"])
+def test_adapters_of_every_family_in_the_names_of_its_files(family, targets, tmp_path):
+    """What is added to the tensors of transformers' files, read by our names, is what merging adds.
+
+    Phi-3's files hold query, key and value as one matrix, DeepSeek-V3's rotary features in another order.
+    """
+    source = STORED.parent / "parity" / family
+    architecture, params = read_folder(str(source))
+    trainable, frozen = split_variables(params, LoraConfig(rank=2, alpha=3.0, targets=targets), 0)
+    random = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), trainable["adapters"])
+    added = {"adapters": adapters, "adapter_scales": frozen["adapter_scales"]}
+    write_adapters(str(tmp_path / "adapter"), architecture, added, 3.0, "base")
+    jax.tree.map(np.testing.assert_array_equal, read_adapters(str(tmp_path / "adapter"), architecture), added)
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    held = safetensors.numpy.load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    tensors = {k: v for file in source.glob("*.safetensors") for k, v in safetensors.numpy.load_file(str(file)).items()}
+    for name in [name for name in held if ".lora_A." in name]:
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        scale = config["alpha_pattern"].get(module, 3) / config["rank_pattern"].get(module, 2)
+        change = scale * held[name.replace("lora_A", "lora_B")] @ held[name]
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"].astype(np.float32) + change
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((source / "config.json").read_bytes())
+    safetensors.numpy.save_file(tensors, str(tmp_path / "model" / "model.safetensors"))
+    _, changed = read_folder(str(tmp_path / "model"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), changed, merge(params, added))

@@ -1,12 +1,17 @@
 """Parameter counts of published models, and what `grpo-jax plan --model` makes of them."""
 
+import math
+
 import jax
 import pytest
 import tiny
 
 from grpo_jax import cli
 from grpo_jax.errors import InputError
+from grpo_jax.models import weights
 from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.models.families import from_fields
+from grpo_jax.models.huggingface import tensor_table
 from grpo_jax.models.lora import linear_layers
 from grpo_jax.models.presets import PRESETS, count, describe, forward_flops, preset
 
@@ -73,6 +78,16 @@ def test_the_formula_is_that_of_the_decoder():
         scores_and_values = 3 * of.heads * 10 * of.head_size * 2  # layers, heads, tokens seen, products
         assert forward_flops(counted, 10) - forward_flops(counted, 0) == 2 * scores_and_values
         assert counted.cached == 3 * 2 * of.kv_heads * of.head_size
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_formula_is_that_of_the_files(name):
+    """The sum over the tensors that this decoder asks a checkpoint of the family for."""
+    found = PRESETS[name]
+    architecture = from_fields(name, found.fields)
+    table = weights.tensor_shapes(architecture, tensor_table(architecture)[0])
+    assert sum(math.prod(shape) for shape in table.values()) == count(found.fields).total
+    assert architecture.layers == found.fields["num_hidden_layers"]
 
 
 def test_plan_prints_the_numbers(capsys):
