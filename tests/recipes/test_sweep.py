@@ -119,12 +119,17 @@ def test_the_decode_loop_has_one_condition_and_selects_no_cache():
 
     apart = jax.make_jaxpr(plain)(states, prompts)
     for program, shape in ((together, ()), (apart, (3,))):
-        (loop,) = loops(program.jaxpr)
-        (condition,) = loop.params["cond_jaxpr"].jaxpr.outvars
-        assert condition.aval.shape == shape
-        assert cache in [x.aval.shape for x in loop.outvars]
-        selected = selected_shapes(loop.params["body_jaxpr"].jaxpr)
+        every = loops(program.jaxpr)
+        conditions = [loop.params["cond_jaxpr"].jaxpr.outvars[0].aval.shape for loop in every]
+        ((decode, condition),) = [
+            (loop, found)
+            for loop, found in zip(every, conditions, strict=True)
+            if cache in [x.aval.shape for x in loop.outvars]
+        ]
+        assert condition == shape
+        selected = selected_shapes(decode.params["body_jaxpr"].jaxpr)
         assert (3, 8) in selected and cache not in selected
+        assert shape or set(conditions) == {()}, "every loop of the step of all seeds has one condition"
 
 
 def test_host_rewards_are_refused():
