@@ -15,6 +15,7 @@ import tiny
 from grpo_jax.config import config_file, from_dict, read_config_file
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import divide
+from grpo_jax.models.cache import init_cache
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.recipes import sweep
 from grpo_jax.recipes.sweep import SeedsProgram, chosen_configs, read_sweep, seed_rows, seeds_step, stack_states
@@ -111,7 +112,8 @@ def test_the_decode_loop_has_one_condition_and_selects_no_cache():
     state = jax.eval_shape(lambda: init_state(parts, {"params": tiny.params(parts.module.architecture)}))
     states = jax.eval_shape(lambda state: jax.tree.map(lambda x: jnp.stack([x] * 3), state), state)
     prompts = jax.tree.map(lambda x: np.stack([x] * 3), tiny.prompts(config))
-    cache = (3, 8, 2, 5, 4)  # seeds, rows, heads, tokens, head size
+    layer = jax.eval_shape(lambda: init_cache(parts.module.architecture, 2, 7, 8, 5, jnp.float32)).layers[0]
+    cache = (3, *layer.key.shape)
     together = jax.make_jaxpr(lambda *given: seeds_step(parts, *given))(jnp.arange(3), states, prompts)
 
     def plain(states, prompts):
