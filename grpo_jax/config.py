@@ -735,6 +735,11 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
         "needs objective.baseline='value' and objective.beta above 0",
     )
     require(
+        c.ppo.critic == "head" or c.lora.rank == 0,
+        "ppo.critic",
+        f"trains a decoder of its own, and lora.rank={c.lora.rank} freezes decoders: take head",
+    )
+    require(
         lone or o.baseline == "value" or c.sampler.group_size >= 2,
         "sampler.group_size",
         "must be at least 2: a group of 1 has no advantage (objective.baseline=batch or none compares otherwise)",

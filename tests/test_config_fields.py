@@ -1730,14 +1730,14 @@ def preferred(flipped: bool) -> tuple[list[dict], tuple[int, ...]]:
     """(lines of metrics, shape of the batches) of a run with the bigram model, all fields of a run flipped or none."""
     config = tiny.config(**{f"dpo.{k}": v for k, v in (DPO_FLIPPED if flipped else DPO_DEFAULT).items()})
     pairs = [(([1, 2, 3], [0, 1, 1]), ([1, 4], [0, 1])), (([2, 2, 1], [0, 0, 1]), ([2, 2, 3], [0, 0, 1]))]
-    params = {"embed": {"embedding": jnp.asarray(EMBEDDING)}}
+    params = {"params": {"embed": {"embedding": jnp.asarray(EMBEDDING)}}}
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     shapes, make = [], dpo.make_preference_batch
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "make_preference_batch", lambda *a: shapes.append(make(*a).tokens.shape) or make(*a))
         workdir = pathlib.Path(folder)
         params = jax.device_put(params, shardings(params, mesh))
-        dpo.prefer(config, Bigram(), params, pairs, mesh, workdir, Stop(None), Terminal(out=io.StringIO()))
+        dpo.prefer(config, Bigram(), (params, {}), pairs, mesh, workdir, Stop(None), Terminal(out=io.StringIO()))
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(set(shapes)) == 1
     return lines, shapes[0]
@@ -1764,8 +1764,8 @@ def test_dpo_path(model, tmp_path):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(dpo, "prefer", lambda config, module, reference, pairs, *_: found.append(pairs) or reference)
-        patch.setattr(dpo, "save_model", lambda folder, *_: str(folder))
+        patch.setattr(dpo, "prefer", lambda config, module, given, pairs, *_: found.append(pairs) or given[0])
+        patch.setattr(dpo, "save_trained", lambda folder, *_: str(folder))
         fields = {"model.path": model.source, "dpo.path": str(path)}
         dpo.run(tiny.config(**fields), tmp_path / "run", Terminal(out=io.StringIO()))
         with pytest.raises(InputError, match="dpo.path='nowhere': no such file"):

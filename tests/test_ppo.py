@@ -110,11 +110,10 @@ def descend_by_hand(config, trainable, rollout):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
         {"ppo.kl_in_reward": True, "objective.minibatches": 2, "objective.micro_batch_size": 2},
         {"ppo.critic": "model", "ppo.whiten_advantages": False, "objective.minibatches": 2},
     ],
-    ids=["head", "KL in the reward", "critic of its own"],
+    ids=["KL in the reward", "critic of its own"],
 )
 def test_an_update_against_numpy(rollout, fields):
     parts = parts_of(**fields)
@@ -156,9 +155,9 @@ def test_state_and_reference():
     state = started(parts)
     refreshed = refresh_reference(parts, state)
     jax.tree.map(np.testing.assert_array_equal, refreshed.reference, without_value(state.trainable))
-    of, config = tiny.architecture(), tiny.config(**FIELDS, **{"ppo.critic": "model"})
+    of, config = tiny.architecture(), tiny.config(**FIELDS)
     state = tiny.state(tiny.parts(config), {"adapters": tiny.adapters(of)}, {"params": tiny.params(of)})
-    assert sorted(state.trainable) == ["adapters", "critic", "value_head"] and list(state.reference) == ["adapters"]
+    assert sorted(state.trainable) == ["adapters", "value_head"] and list(state.reference) == ["adapters"]
 
 
 def test_a_critic_of_its_own_is_laid_out_as_the_policy_is():
@@ -169,25 +168,26 @@ def test_a_critic_of_its_own_is_laid_out_as_the_policy_is():
     assert not any(partition_spec("value_head/kernel", (16, 1), mesh))
 
 
-def test_staged_equals_fused_and_samples_as_grpo_does():
-    """The same tokens from the same policy, and the same update, in either mode."""
-    states, rollouts = [], []
-    for fields in ({}, {"step.mode": "staged"}):
-        parts = parts_of(**fields)
-        fresh = tiny.state(parts, {"params": bigram.params(0)})
-        program = Program(parts, fresh)
-        state = jax.device_put(started(parts), jax.tree.map(lambda x: x.sharding, fresh))
-        prompts = tiny.on_mesh(tiny.prompts(parts.config), parts.mesh)
-        state, _, rollout = jax.device_get(program(state, prompts))
-        states.append(state)
-        rollouts.append(rollout)
-    np.testing.assert_array_equal(rollouts[0].tokens, rollouts[1].tokens)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[0].trainable, states[1].trainable)
+def test_the_fused_step_samples_as_grpo_does_and_learns_as_numpy_says():
+    """A whole step in one program: the same tokens from the same policy, then the update of policy and head."""
+    parts = parts_of()
+    fresh = tiny.state(parts, {"params": bigram.params(0)})
+    state = started(parts)
+    before = jax.device_get(state.trainable)
+    prompts = tiny.on_mesh(tiny.prompts(parts.config), parts.mesh)
+    layout = jax.tree.map(lambda x: x.sharding, fresh)
+    after, metrics, rollout = jax.device_get(Program(parts, fresh)(jax.device_put(state, layout), prompts))
+    want, _ = descend_by_hand(parts.config, before, rollout)
+    jax.tree.map(lambda got, by_hand: np.testing.assert_allclose(got, by_hand, atol=2e-5), after.trainable, want)
+    assert divide(metrics.means)["sampler_gap/max"] < 1e-5 and divide(metrics.means)["value/clip"] == 0
+    assert divide(metrics.means)["advantage/mean_abs"] == pytest.approx(
+        np.abs(rollout.advantages[rollout.mask > 0]).mean()
+    )
     plain = tiny.config(**{**FIELDS, "objective.baseline": "group"})
     parts = bigram.parts(plain)
     state = tiny.state(parts, {"params": bigram.params(0)})
     alone = jax.jit(lambda s, p: sample_rollout(parts, s, p).tokens)(state, tiny.prompts(plain))
-    np.testing.assert_array_equal(alone, rollouts[0].tokens)
+    np.testing.assert_array_equal(alone, rollout.tokens)
 
 
 def test_what_ppo_needs():
@@ -196,5 +196,7 @@ def test_what_ppo_needs():
     ):
         tiny.config(**{"ppo.kl_in_reward": True, "objective.beta": 0.1})
     assert tiny.config(**{"objective.baseline": "value", "sampler.group_size": 1}).completions == 2
+    with pytest.raises(InputError, match="ppo.critic='model' trains a decoder of its own, and lora.rank=4 freezes"):
+        tiny.config(**{"ppo.critic": "model", "lora.rank": 4})
     with pytest.raises(InputError, match="sampler.group_size=1 must be at least 2"):
         tiny.config(**{"sampler.group_size": 1})

@@ -1,47 +1,45 @@
 """Direct preference optimisation: pairs of a chosen and a rejected answer, no sampling and no reward.
 
-The reference is the model that the run starts from; it is read from `model.path` again when a run goes on.
+The reference is the model that the run starts from (with `lora.rank`, the base and the adapters at the start); it is
+made again when a run goes on.
 """
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, DpoConfig, LogConfig, OptimConfig, TextConfig, parse_duration
+from grpo_jax.config import Config, DpoConfig, TextConfig, parse_duration
 from grpo_jax.data.prompts import row_order
 from grpo_jax.errors import InputError
-from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl
+from grpo_jax.metrics import Mean, read_jsonl
 from grpo_jax.models.decoder import Decoder, DecoderModule
 from grpo_jax.models.loading import load_model
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.preference import dpo_losses, sequence_logps
-from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, shardings
-from grpo_jax.recipes.loop import Loop, Stop, open_workdir
-from grpo_jax.recipes.sft import Example, save_model
+from grpo_jax.parallel import make_mesh, row_sharding
+from grpo_jax.recipes.loop import Stop, open_workdir
+from grpo_jax.recipes.sft import (
+    Example,
+    about_base,
+    descend,
+    put_variables,
+    save_trained,
+    sft_optim,
+    supervised_program,
+)
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
 Pair = tuple[Example, Example]  # chosen, rejected: token ids, and 1 where the answer is
-
-
-class DpoState(flax.struct.PyTreeNode):
-    """Parameters and optimizer state."""
-
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
 
 
 class PreferenceBatch(flax.struct.PyTreeNode):
@@ -138,12 +136,17 @@ def answer_logps(
 
 
 def dpo_loss(
-    module: DecoderModule, params: Any, reference: Any, batch: PreferenceBatch, dpo: DpoConfig, chunk: int = 0
+    module: DecoderModule,
+    variables: dict[str, Any],
+    reference: dict[str, Any],
+    batch: PreferenceBatch,
+    dpo: DpoConfig,
+    chunk: int = 0,
 ) -> tuple[Float[Array, ""], dict[str, Mean]]:
     """The mean loss of the pairs, and their metrics."""
     policy, fixed = (
-        answer_logps(module, {"params": given}, batch, dpo.loss_type, chunk)
-        for given in (params, jax.lax.stop_gradient(reference))
+        answer_logps(module, given, batch, dpo.loss_type, chunk)
+        for given in (variables, jax.lax.stop_gradient(reference))
     )
     losses, metrics = dpo_losses(policy[:, 0], policy[:, 1], fixed[:, 0], fixed[:, 1], dpo)
     count = float(losses.shape[0])
@@ -151,80 +154,35 @@ def dpo_loss(
     return jnp.mean(losses), means | {"dpo/loss": (jnp.sum(losses), count)}
 
 
-def dpo_optim(config: DpoConfig) -> OptimConfig:
-    """AdamW, a warm-up of a twentieth, then a cosine to a tenth of the peak."""
-    return OptimConfig(lr=config.lr, schedule="cosine", warmup_steps=config.steps // 20, final_lr_fraction=0.1)
-
-
 def prefer(
     config: Config,
     module: DecoderModule,
-    reference: Any,
+    collections: tuple[Any, Any],
     pairs: Sequence[Pair],
     mesh: Mesh,
     workdir: pathlib.Path,
     stop: Stop,
     terminal: Terminal,
+    about: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
-    """Parameters after `dpo.steps` steps from those of the reference; checkpoints and metrics lie in `workdir`."""
-    dpo, rows = config.dpo, row_sharding(mesh)
-    program, start = dpo_program(config, module, reference, mesh)
+    """The trained collections after `dpo.steps` steps from `collections`, (trainable, frozen), the reference's too."""
+    dpo, (trainable, frozen) = config.dpo, collections
+
+    def loss(trainable: Any, fixed: tuple[Any, Any], batch: PreferenceBatch) -> tuple[Array, dict[str, Mean]]:
+        frozen, reference = fixed
+        policy, start = {**frozen, **trainable}, {**frozen, **reference}
+        return dpo_loss(module, policy, start, batch, dpo, config.model.logits_chunk)
 
     def batch(step: int) -> PreferenceBatch:
         draws = step * dpo.batch_size + np.arange(dpo.batch_size)
         chosen = row_order(draws, len(pairs), config.seed, True)
-        return jax.device_put(make_preference_batch([pairs[i] for i in chosen], dpo.max_length), rows)
+        made = make_preference_batch([pairs[i] for i in chosen], dpo.max_length)
+        return jax.device_put(made, row_sharding(mesh))
 
-    state = start(reference)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, terminal.warn) as checkpoints:
-        restored = checkpoints.restore(abstract)
-        first, state = (restored[2], restored[0]) if restored else (0, state)
-        if first == dpo.steps:
-            return state.params
-        with terminal.compiling("dpo"):
-            compiled = functools.partial(program.lower(reference, abstract, batch(first)).compile(), reference)
-        fetch = Fetcher()
-        with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
-
-            def record(done: int, metrics: Any, _: Any, found: dict[str, float], seconds: float) -> None:
-                line = divide(fetch(metrics)) | {"seconds/step": seconds}
-                writer.step(done, line)
-                terminal.step(done, dpo.steps, line)
-
-            loop = Loop(dpo.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop)
-            state = loop.run(state, first)
-        terminal.end_steps()
-        return state.params
-
-
-def dpo_program(config: Config, module: DecoderModule, reference: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """(jitted step (reference, state, batch) -> (state, metrics, None), jitted start of a state from parameters)."""
-    dpo = config.dpo
-    optimizer, schedule = make_optimizer(dpo_optim(dpo), dpo.steps), make_schedule(dpo_optim(dpo), dpo.steps)
-
-    def start(params: Any) -> DpoState:
-        copied = jax.tree.map(jnp.copy, params)  # the state is donated, the reference is not
-        return DpoState(step=jnp.zeros((), jnp.int32), params=copied, opt_state=optimizer.init(copied))
-
-    def step(reference: Any, state: DpoState, batch: PreferenceBatch) -> tuple[DpoState, dict[str, Mean], None]:
-        with jax.default_matmul_precision(config.model.matmul_precision):
-            gradient, means = jax.grad(
-                lambda p: dpo_loss(module, p, reference, batch, dpo, config.model.logits_chunk), has_aux=True
-            )(state.params)
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
-        new = DpoState(step=state.step + 1, params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-        return new, means, None
-
-    layout = shardings(jax.eval_shape(start, reference), mesh)
-    program = jax.jit(
-        step,
-        in_shardings=(shardings(reference, mesh), layout, row_sharding(mesh)),
-        out_shardings=(layout, replicated(mesh), None),
-        donate_argnums=1,
-    )
-    return program, jax.jit(start, out_shardings=layout)
+    reference = jax.tree.map(jnp.copy, trainable)  # buffers of its own: the state's are donated
+    given = (trainable, (frozen, reference))
+    program = supervised_program(config, sft_optim(dpo), dpo.steps, loss, given, mesh)
+    return descend(config, dpo.steps, program, given, batch, workdir, stop, terminal, "dpo", about)
 
 
 def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
@@ -235,13 +193,11 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     terminal = terminal or Terminal()
     if not config.model.path:
         raise InputError("config: model.path='' names no model to train")
-    if config.lora.rank:
-        raise InputError(f"config: lora.rank={config.lora.rank}: dpo trains all parameters: set it 0")
     mesh = make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.dpo.batch_size % shards:
         raise InputError(f"config: dpo.batch_size={config.dpo.batch_size} must divide by the {shards} devices")
-    model = load_model(config.model.path)
+    model = load_model(config.model.path, keep_adapters=config.lora.rank > 0)
     tokenizer = model.tokenizer.with_end_tokens(config.text.end_tokens)
     pairs = read_preferences(config.dpo.path, config.text, tokenizer, config.dpo.max_length)
     open_workdir(workdir, config)
@@ -249,7 +205,8 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
     terminal.say(f"{len(pairs)} preferences, {config.dpo.batch_size} a step, {config.dpo.steps} steps")
     with Stop(budget) as stop, terminal:
-        dtype = jnp.dtype(config.model.param_dtype)
-        reference = place(model.params, mesh, dtype)
-        params = prefer(config, module, reference, pairs, mesh, workdir, stop, terminal)
-    return save_model(workdir / "model", dataclasses.replace(model, tokenizer=tokenizer), jax.device_get(params))
+        collections = put_variables(config, model, mesh)
+        given = (collections, pairs, mesh, workdir, stop, terminal, about_base(config, model))
+        trained = prefer(config, module, *given)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+    return save_trained(workdir, config, model, jax.device_get({**collections[1], **trained}))

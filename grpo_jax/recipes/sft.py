@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, LogConfig, OptimConfig, SftConfig, TextConfig, parse_duration
+from grpo_jax.config import Config, DpoConfig, LogConfig, OptimConfig, SftConfig, TextConfig, parse_duration
 from grpo_jax.data.prompts import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl
@@ -37,6 +37,7 @@ from grpo_jax.text import Tokenizer, encode_chat
 OPEN_PACKS = 64  # packs that first fit looks at: the last ones, so that packing n examples takes O(n)
 
 Example = tuple[list[int], list[int]]  # token ids, and 1 where the loss counts
+Loss = Callable[[Any, Any, Any], tuple[Array, dict[str, Mean]]]  # of (trainable, fixed, batch)
 
 
 class SftState(flax.struct.PyTreeNode):
@@ -133,7 +134,7 @@ def sft_loss(module: DecoderModule, variables: Any, batch: SftBatch, chunk: int 
     return safe_divide(total, count), {"sft/loss": (total, count)}
 
 
-def sft_optim(config: SftConfig) -> OptimConfig:
+def sft_optim(config: SftConfig | DpoConfig) -> OptimConfig:
     """AdamW, a warm-up of a twentieth, then a cosine to a tenth of the peak."""
     return OptimConfig(lr=config.lr, schedule="cosine", warmup_steps=config.steps // 20, final_lr_fraction=0.1)
 
@@ -154,12 +155,15 @@ def fine_tune(
     return fit(config, sft, module, ({"params": params}, {}), examples, mesh, workdir, stop, terminal, name)["params"]
 
 
-def sft_program(
-    config: Config, sft: SftConfig, module: DecoderModule, collections: tuple[Any, Any], mesh: Mesh
+def supervised_program(
+    config: Config, optim: OptimConfig, steps: int, loss: Loss, collections: tuple[Any, Any], mesh: Mesh
 ) -> tuple[Any, SftState, Callable[[Any], SftState]]:
-    """(the step (frozen, state, batch) -> (state, metrics, None), the abstract state, what makes the first one)."""
-    optimizer, schedule = make_optimizer(sft_optim(sft), sft.steps), make_schedule(sft_optim(sft), sft.steps)
-    trainable, frozen = collections
+    """(the step (fixed, state, batch) -> (state, metrics, None), the abstract state, what makes the first one).
+
+    `collections` are what is trained and what the loss reads besides.
+    """
+    optimizer, schedule = make_optimizer(optim, steps), make_schedule(optim, steps)
+    trainable, fixed = collections
 
     def make(trainable: Any) -> SftState:
         return SftState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
@@ -167,12 +171,9 @@ def sft_program(
     shapes = jax.eval_shape(make, trainable)
     layout = shardings(shapes, mesh)
 
-    def step(frozen: Any, state: SftState, batch: SftBatch) -> tuple[SftState, dict[str, Mean], None]:
-        def loss(trainable: Any) -> tuple[Array, dict[str, Mean]]:
-            return sft_loss(module, {**frozen, **trainable}, batch, config.model.logits_chunk)
-
+    def step(fixed: Any, state: SftState, batch: Any) -> tuple[SftState, dict[str, Mean], None]:
         with jax.default_matmul_precision(config.model.matmul_precision):
-            gradient, means = jax.grad(loss, has_aux=True)(state.trainable)
+            gradient, means = jax.grad(loss, has_aux=True)(state.trainable, fixed, batch)
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
         changed = optax.apply_updates(state.trainable, changes)
@@ -180,7 +181,7 @@ def sft_program(
 
     program = jax.jit(
         step,
-        in_shardings=(shardings(frozen, mesh), layout, row_sharding(mesh)),
+        in_shardings=(shardings(fixed, mesh), layout, row_sharding(mesh)),
         out_shardings=(layout, replicated(mesh), None),
         donate_argnums=1,
     )
@@ -205,8 +206,10 @@ def fit(
 
     `about` is what checkpoints say of a frozen base, which they do not hold.
     """
-    trainable, frozen = collections
-    program, abstract, start = sft_program(config, sft, module, collections, mesh)
+
+    def loss(trainable: Any, frozen: Any, batch: SftBatch) -> tuple[Array, dict[str, Mean]]:
+        return sft_loss(module, {**frozen, **trainable}, batch, config.model.logits_chunk)
+
     packs = pack(examples, sft.max_length, config.seed)
     rows = row_sharding(mesh)
 
@@ -215,26 +218,43 @@ def fit(
         chosen = row_order(draws, len(packs), config.seed, True)
         return jax.device_put(make_sft_batch(examples, [packs[i] for i in chosen], sft.max_length), rows)
 
+    program = supervised_program(config, sft_optim(sft), sft.steps, loss, collections, mesh)
+    return descend(config, sft.steps, program, collections, batch, workdir, stop, terminal, name, about)
+
+
+def descend(
+    config: Config,
+    steps: int,
+    programs: tuple[Any, SftState, Callable[[Any], SftState]],
+    collections: tuple[Any, Any],
+    batch: Callable[[int], Any],
+    workdir: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
+    name: str,
+    about: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Any:
+    """The trained collections after `steps` steps of a `supervised_program`, gone on with where a checkpoint is."""
+    (program, abstract, start), (trainable, fixed) = programs, collections
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, terminal.warn) as checkpoints:
         restored = checkpoints.restore(abstract)
         first = restored[2] if restored else 0
         if restored:
             check_base(restored[1], about, workdir, config.model.path)
         state = restored[0] if restored else start(trainable)
-        if first == sft.steps:
+        if first == steps:
             return state.trainable
-        frozen = jax.device_put(frozen, shardings(frozen, mesh))
         with terminal.compiling(name):
-            compiled = functools.partial(program.lower(frozen, abstract, batch(first)).compile(), frozen)
+            compiled = functools.partial(program.lower(fixed, abstract, batch(first)).compile(), fixed)
         fetch = Fetcher()
         with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
 
             def record(done: int, metrics: Any, _: Any, found: dict[str, float], seconds: float) -> None:
                 line = divide(fetch(metrics)) | {"seconds/step": seconds}
                 writer.step(done, line)
-                terminal.step(done, sft.steps, line)
+                terminal.step(done, steps, line)
 
-            loop = Loop(sft.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop, about=about)
+            loop = Loop(steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop, about=about)
             state = loop.run(state, first)
         terminal.end_steps()
         return state.trainable

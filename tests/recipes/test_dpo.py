@@ -137,7 +137,11 @@ def test_loss_and_gradient_of_the_decoder():
         right, wrong = (np.logaddexp(0, -sign * 0.4 * np.array(margins)) for sign in (1, -1))
         return np.mean(0.9 * right + 0.1 * wrong)
 
-    program = jax.jit(jax.value_and_grad(lambda p, b: dpo.dpo_loss(module, p, reference, b, config), has_aux=True))
+    program = jax.jit(
+        jax.value_and_grad(
+            lambda p, b: dpo.dpo_loss(module, {"params": p}, {"params": reference}, b, config), has_aux=True
+        )
+    )
     (loss, means), gradient = program(params, batch)
     assert float(loss) == pytest.approx(loss_by_hand(params), rel=1e-5)
     assert means["dpo/loss"][0] / means["dpo/loss"][1] == pytest.approx(float(loss), rel=1e-6)
@@ -158,9 +162,9 @@ def test_loss_and_gradient_of_the_decoder():
     jax.tree.map(np.testing.assert_array_equal, gradient, same)
 
 
-def config_of(model, path, **fields) -> Config:
+def config_of(model, file, **fields) -> Config:
     config = from_dict({"model": {"path": model.source}, "mesh": {"data": 1}, "checkpoint": {"every": 2}})
-    given = {"steps": 12, "batch_size": 4, "max_length": 24, "lr": 4e-2, "path": path}
+    given = {"steps": 12, "batch_size": 4, "max_length": 24, "lr": 4e-2, "path": file}
     return dataclasses.replace(config, dpo=DpoConfig(**(given | fields)))
 
 
@@ -211,3 +215,15 @@ def test_bad_input_leaves_no_folder(tmp_path, model, fields, message, monkeypatc
     with pytest.raises(InputError, match="model.path='' names no model to train"):
         dpo.run(dataclasses.replace(config, model=dataclasses.replace(config.model, path="")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_are_trained_on_a_frozen_base(tmp_path, model, one_device):
+    """The reference is the base then; PEFT's folder lies beside the merged model."""
+    config = config_of(model, write(tmp_path / "rows.jsonl", ROWS), steps=2)
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=2, base_dtype="float32"))
+    merged = load_model(dpo.run(config, tmp_path / "run", Terminal()))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["dpo/margin"] == pytest.approx(0, abs=1e-5) and lines[1]["dpo/margin"] > 0.001
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    pairs = zip(jax.tree.leaves(merged.params), jax.tree.leaves(model.params), strict=True)
+    assert {bool((a != b).any()) for a, b in pairs} == {True, False}, "dense layers moved, embedding and norms did not"

@@ -17,7 +17,7 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.models.lora import freeze, merge, split_variables
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.parallel import make_mesh
-from grpo_jax.recipes import dpo, grpo, sft
+from grpo_jax.recipes import grpo, sft
 from grpo_jax.rewards.verifiers import byte_table
 from grpo_jax.text import Tokenizer, train_sentencepiece
 
@@ -180,8 +180,3 @@ def test_supervised_training_of_adapters(base, tmp_path, small):
     jax.tree.map(np.testing.assert_array_equal, merged.params, merge(frozen, added))
     policy = load_model(str(tmp_path / "run" / "checkpoints"), keep_adapters=True)
     jax.tree.map(np.testing.assert_array_equal, policy.adapters, added)
-
-
-def test_preferences_are_not_learned_by_adapters(base, tmp_path, small):
-    with pytest.raises(InputError, match=r"lora.rank=2: dpo trains all parameters"):
-        dpo.run(config_of(base), tmp_path / "run")

@@ -1,5 +1,6 @@
 """Seeds side by side: each as in a run of its own, loops with one condition for all, and what a sweep leaves."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -14,10 +15,13 @@ import tiny
 from grpo_jax.config import config_file, from_dict, read_config_file
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import divide
+from grpo_jax.models.cache import init_cache
+from grpo_jax.models.huggingface import write_folder
 from grpo_jax.recipes import sweep
 from grpo_jax.recipes.sweep import SeedsProgram, chosen_configs, read_sweep, seed_rows, seeds_step, stack_states
-from grpo_jax.step import Program, init_state
+from grpo_jax.step import Metrics, init_state, noise_key, train_step
 from grpo_jax.terminal import Terminal
+from grpo_jax.text import Tokenizer, train_sentencepiece
 
 SEEDS = (3, 7)
 FIELDS = {"data.pool_factor": 3, "rewards.names": ("chosen",), "rewards.weights": (1.0,), "sampler.group_size": 2}
@@ -54,11 +58,18 @@ def test_each_seed_is_as_in_a_run_of_its_own():
         states, metrics, rollouts = program(states, jax.device_put(batch, seed_rows(parts.mesh)))
         together.append(jax.device_get((metrics.means, rollouts)))
     final, rounds = jax.device_get(states), []
+
+    @jax.jit
+    def single(seed, state, prompts):
+        """A run of its own; the seed is an argument, so that one program serves both."""
+        own = dataclasses.replace(parts, config=dataclasses.replace(parts.config, seed=seed))
+        return train_step(own, state, prompts)
+
     for i, seed in enumerate(SEEDS):
-        own = parts_of(seed=seed)
-        alone, single = state(), Program(own, state())
+        alone = state()
+        assert (noise_key(jnp.int32(seed), 0, 1) == noise_key(seed, 0, 1)).all()
         for step in range(2):
-            alone, metrics, rollout = single(alone, tiny.on_mesh(pool(seed, step), own.mesh))
+            alone, metrics, rollout = single(jnp.int32(seed), alone, pool(seed, step))
             means, rollouts = jax.tree.map(lambda x: x[i], together[step])  # noqa: B023
             rollout = jax.device_get(rollout)
             for name in ("tokens", "lengths", "draw", "weight", "ended"):
@@ -95,25 +106,32 @@ def selected_shapes(jaxpr):
 
 
 def test_the_decode_loop_has_one_condition_and_selects_no_cache():
-    """With a condition by seed, jax selects old or new of all that the loop carries: seen in the plain vmap."""
+    """A condition by seed, the plain vmap's, is lowered to a loop that selects old or new of all that it carries."""
     config = tiny.config(**{"sampler.max_new_tokens": 5})
     parts = tiny.parts(config, tiny.architecture(layers=1))
     state = jax.eval_shape(lambda: init_state(parts, {"params": tiny.params(parts.module.architecture)}))
     states = jax.eval_shape(lambda state: jax.tree.map(lambda x: jnp.stack([x] * 3), state), state)
     prompts = jax.tree.map(lambda x: np.stack([x] * 3), tiny.prompts(config))
-    cache = (3, 8, 5, 2, 4)  # seeds, rows, tokens, heads, head size
+    layer = jax.eval_shape(lambda: init_cache(parts.module.architecture, 2, 7, 8, 5, jnp.float32)).layers[0]
+    cache = (3, *layer.key.shape)
     together = jax.make_jaxpr(lambda *given: seeds_step(parts, *given))(jnp.arange(3), states, prompts)
 
     def plain(states, prompts):
-        return jax.vmap(lambda state, prompts: sweep.train_step(parts, state, prompts))(states, prompts)
+        return jax.vmap(lambda state, prompts: train_step(parts, state, prompts))(states, prompts)
 
     apart = jax.make_jaxpr(plain)(states, prompts)
-    for program, batched in ((together, False), (apart, True)):
-        (loop,) = loops(program.jaxpr)
-        (condition,) = loop.params["cond_jaxpr"].jaxpr.outvars
-        assert condition.aval.shape == ()
-        assert cache in [x.aval.shape for x in loop.outvars]
-        assert (cache in selected_shapes(loop.params["body_jaxpr"].jaxpr)) == batched
+    for program, shape in ((together, ()), (apart, (3,))):
+        every = loops(program.jaxpr)
+        conditions = [loop.params["cond_jaxpr"].jaxpr.outvars[0].aval.shape for loop in every]
+        ((decode, condition),) = [
+            (loop, found)
+            for loop, found in zip(every, conditions, strict=True)
+            if cache in [x.aval.shape for x in loop.outvars]
+        ]
+        assert condition == shape
+        selected = selected_shapes(decode.params["body_jaxpr"].jaxpr)
+        assert (3, 8) in selected and cache not in selected
+        assert shape or set(conditions) == {()}, "every loop of the step of all seeds has one condition"
 
 
 def test_host_rewards_are_refused():
@@ -155,10 +173,37 @@ def test_files_that_are_no_sweep(tmp_path, text):
     assert str(path) in str(info.value)
 
 
-def test_a_sweep_leaves_a_line_for_every_run_and_goes_on(tmp_path, micro_base, monkeypatch):
+def small_model(folder) -> str:
+    """A Hugging Face folder of a random decoder of one layer that reads sums of one digit."""
+    path = str(folder / "tokenizer.model")
+    texts = [f"{a}+{b}=<answer>{a + b}</answer>" for a in range(10) for b in range(10)]
+    train_sentencepiece(texts, 40, ("<answer>", "</answer>"), path)
+    tokenizer = Tokenizer.from_sentencepiece(path)
+    architecture = tiny.architecture(layers=1, vocabulary=tokenizer.vocabulary)
+    write_folder(str(folder / "model"), architecture, tiny.params(architecture), tokenizer)
+    return str(folder / "model")
+
+
+class StandIn:
+    """Stands for the program of all seeds: step s of seed number i solves s / 10 + i / 100."""
+
+    def __init__(self, parts, seeds, states):
+        self.seeds, self.step = np.asarray(seeds, np.float32), 0
+
+    def compile(self, states, prompts):
+        assert prompts.tokens.shape[:2] == (2, 2) and (prompts.draw[0] == prompts.draw[1]).all()
+
+    def __call__(self, states, prompts):
+        self.step += 1
+        solved = self.step / 10 + np.arange(2, dtype=np.float32) / 100
+        means = {"solve_rate": (solved, np.ones(2)), "length/right": (np.zeros(2), np.array([0.0, 1.0]))}
+        return states, Metrics(means, np.zeros((2, 1)), np.zeros(2, bool), np.zeros(2)), None
+
+
+def test_a_sweep_leaves_a_line_for_every_run_and_goes_on(tmp_path, monkeypatch):
     """One config trained now and one later: both are listed from the start."""
     base = read_config_file(pathlib.Path(__file__).with_name("micro_config.py"))
-    base.model.path, base.train.steps, base.mesh.data, base.objective.beta = micro_base, 2, 1, 0.0
+    base.model.path, base.train.steps, base.mesh.data, base.objective.beta = small_model(tmp_path), 2, 1, 0.0
     base.objective.reference_every = 0
     config = from_dict(base)
     file = tmp_path / "mine.py"
@@ -167,6 +212,7 @@ def test_a_sweep_leaves_a_line_for_every_run_and_goes_on(tmp_path, micro_base, m
     both = read_sweep(file, config)
     asked = []
     monkeypatch.setattr(sweep, "make_mesh", lambda config: tiny.mesh(tiny.config()))
+    monkeypatch.setattr(sweep, "SeedsProgram", StandIn)
     monkeypatch.setattr(sweep.Evaluator, "measure", lambda *given: asked.append(given[4]) or ({"pass@1": 0.25}, []))
     terminal = Terminal(out=io.StringIO())
     table = sweep.run(config, tmp_path / "run", chosen_configs(both, ("plain",)), terminal)
@@ -183,10 +229,12 @@ def test_a_sweep_leaves_a_line_for_every_run_and_goes_on(tmp_path, micro_base, m
         ]
         for seed in (1, 2)
     ]
-    assert [line["step"] for line in written[0]] == [1, 2] and len(asked) == 2
-    assert written[0][0]["grad_norm"] != written[1][0]["grad_norm"]
-    solved = [line["solve_rate"] for line in written[1]]
-    assert table[1]["solve_rate_first"] == pytest.approx(np.mean(solved))
+    assert [[(x["step"], round(x["solve_rate"], 3)) for x in lines] for lines in written] == [
+        [(1, 0.1), (2, 0.2)],
+        [(1, 0.11), (2, 0.21)],
+    ]
+    assert "length/right" not in written[0][0] and written[1][0]["length/right"] == 0 and len(asked) == 2
+    assert table[1]["solve_rate_first"] == pytest.approx(0.16) == table[1]["solve_rate_last"]
     assert (tmp_path / "run" / "solve_rate.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "runs.json").read_text()) == table
     monkeypatch.setattr(sweep, "prepare", None)  # what is finished is not made again
