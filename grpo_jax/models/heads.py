@@ -14,9 +14,9 @@ from grpo_jax.errors import InputError
 FILE = "score.safetensors"  # beside model.safetensors, which stays a file of the decoder alone
 
 
-def init_head(width: int) -> dict[str, Array]:
+def init_head(width: int, dtype: Any = jnp.float32) -> dict[str, Array]:
     """A head that says 0 everywhere."""
-    return {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros(1)}
+    return {"kernel": jnp.zeros((width, 1), dtype), "bias": jnp.zeros(1, dtype)}
 
 
 def read_head(head: dict[str, Any], hidden: Float[Array, "... D"]) -> Float[Array, "..."]:

@@ -100,7 +100,7 @@ def test_the_score_is_that_of_the_last_token_and_padding_is_nothing():
     scores = {}
     for width in (6, 9):
         batch = recipe.make_preference_batch(PAIRS, 3, width)
-        scores[width] = np.asarray(recipe.answer_scores(module, given, batch))
+        scores[width] = np.asarray(jax.jit(lambda v, b: recipe.answer_scores(module, v, b))(given, batch))
     np.testing.assert_allclose(scores[6], scores[9], atol=1e-5)
     by_hand = [[score_by_hand(given, ids) for ids in answers] for answers, _ in PAIRS]
     np.testing.assert_allclose(scores[6], by_hand, atol=1e-5)
@@ -174,7 +174,8 @@ def test_the_folder_is_a_model_with_a_head(trained, policy):
         recipe.read_preference({"prompt": "say a", "chosen": a, "rejected": b}, TextConfig(), loaded.tokenizer, 16)
         for a, b in (("xxxy", "y"), ("x", "yyx"))
     ]
-    scores = recipe.answer_scores(model.module, given, recipe.make_preference_batch(rows, 2, 16))
+    batch = recipe.make_preference_batch(rows, 2, 16)
+    scores = jax.jit(lambda v, b: recipe.answer_scores(model.module, v, b))(given, batch)
     assert (scores[:, 0] > scores[:, 1]).all()
 
 
@@ -186,7 +187,7 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, policy, trained):
         return open_reward_models(rewards, ModelConfig(), tokenizer)
 
     own = load_model(policy).tokenizer
-    with pytest.raises(InputError, match="no such file, so no reward model: make one by `grpo-jax reward-model train`"):
+    with pytest.raises(InputError, match="is no reward model; make one by `grpo-jax reward-model train`"):
         opened(policy, own)
     with pytest.raises(InputError, match="config.json: cannot be read"):
         opened("nowhere", own)
