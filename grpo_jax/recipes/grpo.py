@@ -258,8 +258,8 @@ def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
     dtype = jnp.dtype(config.model.param_dtype)
     trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
     trainable = place(trainable, parts.mesh, dtype)
-    frozen = {**frozen, **load_reward_variables(config.rewards, config.model)}
     frozen = jax.device_put(frozen, shardings(frozen, parts.mesh))
+    frozen = {**frozen, **load_reward_variables(config.rewards, config.model, parts.mesh)}
     return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
 
 

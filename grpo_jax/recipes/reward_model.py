@@ -24,7 +24,7 @@ from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.ops.masked import safe_divide
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, replicated, row_sharding, shardings
+from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, shardings
 from grpo_jax.recipes.loop import Loop, Stop, open_workdir
 from grpo_jax.recipes.sft import written_whole
 from grpo_jax.rewards.reward_model import sequence_scores
@@ -120,9 +120,9 @@ def make_preference_batch(rows: Sequence[Preference], count: int, length: int) -
 def answer_scores(module: DecoderModule, variables: Any, batch: PreferenceBatch) -> Float[Array, "B K"]:
     """The head's number at the last token of each answer."""
     tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-    place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segments = (place < batch.lengths.reshape(-1, 1)).astype(jnp.int32)
-    return sequence_scores(module, variables, tokens, place, segments).reshape(batch.lengths.shape)
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (at < batch.lengths.reshape(-1, 1)).astype(jnp.int32)
+    return sequence_scores(module, variables, tokens, at, segments).reshape(batch.lengths.shape)
 
 
 def preference_loss(module: DecoderModule, variables: Any, batch: PreferenceBatch) -> tuple[Array, dict[str, Mean]]:
@@ -253,7 +253,7 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     terminal.say(f"{len(rows)} {kind}, {len(held)} held out; {given.batch_size} a step, {given.steps} steps")
     with Stop(budget) as stop, terminal:
         variables = {"params": model.params, "score": init_head(model.architecture.width)}
-        variables = jax.device_put(variables, shardings(variables, mesh))
+        variables = place(variables, mesh, jnp.float32)
         before = measure(config, module, variables, held, mesh)
         variables = fit(config, module, variables, rows, mesh, workdir, stop, terminal)
         after = measure(config, module, variables, held, mesh)

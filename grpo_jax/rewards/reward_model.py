@@ -11,14 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.config import ModelConfig, RewardModelConfig, RewardsConfig
 from grpo_jax.errors import InputError
 from grpo_jax.models.decoder import Decoder, DecoderModule
+from grpo_jax.models.families import read_config
 from grpo_jax.models.heads import load_head, read_head
-from grpo_jax.models.huggingface import read_config
 from grpo_jax.models.loading import load_model
+from grpo_jax.parallel import place
 from grpo_jax.rewards.verifiers import ByteTable, completion_bytes
 from grpo_jax.sampler.sample import left_positions
 from grpo_jax.sampler.types import Rollout
@@ -63,12 +65,12 @@ class RewardModel:
         seen: Bool[Array, "b T"],
     ) -> Float[Array, "b"]:
         positions, segments = left_positions(prompt_lengths, prompt.shape[1])
-        place = prompt_lengths[:, None] + jnp.cumsum(seen, axis=1) - 1
+        after = prompt_lengths[:, None] + jnp.cumsum(seen, axis=1) - 1
         return sequence_scores(
             self.module,
             variables,
             jnp.concatenate([prompt, tokens], axis=1),
-            jnp.concatenate([positions, jnp.maximum(place, 0)], axis=1),
+            jnp.concatenate([positions, jnp.maximum(after, 0)], axis=1),
             jnp.concatenate([segments, seen.astype(jnp.int32)], axis=1),
         )
 
@@ -130,11 +132,14 @@ def open_reward_models(
     return made
 
 
-def load_reward_variables(config: RewardsConfig, model: ModelConfig) -> dict[str, Any]:
-    """The variables of the reward models of a config, in the dtype that they compute in; empty where there is none."""
+def load_reward_variables(config: RewardsConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """The variables of a config's reward models on the mesh, in the dtype that they compute in; empty without any."""
     made = {}
     for name, section in used_models(config).items():
         loaded = load_model(section.path)
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(model.compute_dtype)), loaded.params)
-        made[name] = {"params": params, "score": load_head(section.path, loaded.architecture.width)}
+        head = load_head(section.path, loaded.architecture.width)
+        made[name] = {
+            "params": place(loaded.params, mesh, jnp.dtype(model.compute_dtype)),
+            "score": place(head, mesh, jnp.float32),
+        }
     return {COLLECTION: made} if made else {}

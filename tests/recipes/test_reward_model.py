@@ -12,7 +12,7 @@ import numpy_decoder
 import pytest
 import tiny
 
-from grpo_jax.config import ModelConfig, RewardModelConfig, TextConfig, from_dict
+from grpo_jax.config import MeshConfig, ModelConfig, RewardModelConfig, TextConfig, from_dict
 from grpo_jax.errors import InputError
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.heads import init_head, load_head, read_head, save_head
@@ -168,7 +168,9 @@ def test_the_folder_is_a_model_with_a_head(trained, policy):
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
     assert np.abs(load_head(made, 16)["kernel"]).max() > 0
     rewards = from_dict({"rewards": {"names": ("helpful",), "weights": (1.0,), "helpful": {"path": made}}}).rewards
-    given = load_reward_variables(rewards, ModelConfig())[COLLECTION]["helpful"]
+    given = load_reward_variables(rewards, ModelConfig(), make_mesh(MeshConfig(data=1), jax.devices()[:1]))[COLLECTION][
+        "helpful"
+    ]
     (model,) = open_reward_models(rewards, ModelConfig(), loaded.tokenizer).values()
     rows = [
         recipe.read_preference({"prompt": "say a", "chosen": a, "rejected": b}, TextConfig(), loaded.tokenizer, 16)
