@@ -143,6 +143,15 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--dry_run", action="store_true", help="print batch arithmetic and parameters, compile nothing"
             )
+    made = command(
+        "reward-model",
+        run_reward_model,
+        "train a reward model from model.path on preferences (reward_model.path). --config NAME or FILE, "
+        "--config.field=value",
+    )
+    made.add_argument("action", choices=("train",), help="what to do with it")
+    made.add_argument("--workdir", help="folder of the run (default: runs/<config name>_reward_model)")
+    made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
     made = command("sample", run_sample, "print completions of a model, drawn by the sampler of training")
     made.add_argument("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
     made.add_argument("--prompt", required=True, action="append", help="text of a user's message; may be given again")
@@ -228,6 +237,20 @@ def _until_stopped(run: Callable[..., Any], config: configs.Config, workdir: pat
 
     try:
         run(config, workdir)
+    except Stopped as stopped:
+        print(f"{stopped}. Run the same command again to go on.")
+    return 0
+
+
+def run_reward_model(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax reward-model train`."""
+    name, config = _config(options, overrides)
+    _set_up_jax(config)
+    from grpo_jax.recipes.loop import Stopped
+    from grpo_jax.recipes.reward_model import run
+
+    try:
+        print(run(config, pathlib.Path(options.workdir or f"runs/{name}_reward_model")))
     except Stopped as stopped:
         print(f"{stopped}. Run the same command again to go on.")
     return 0

@@ -199,6 +199,16 @@ class JudgeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """A reward model that scores completions inside the step, as one more forward pass."""
+
+    path: str = option("", "folder that `grpo-jax reward-model train` has made, with the policy's tokenizer")
+    sees: str = option("response", "the whole response, or what follows the last marker in it", ("response", "summary"))
+    marker: str = option("</think>", "ends the thought; a response without it is seen whole")
+    micro_batch_size: int = option(0, "completions in one pass; 0: all")
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What a completion earns: the weighted sum of its components."""
 
@@ -220,6 +230,22 @@ class RewardsConfig:
     math_timeout: float = option(5.0, "`math`: seconds that the comparison of one answer may take; later is wrong")
     judge: JudgeConfig = option(JudgeConfig(), "")
     code: CodeConfig = option(CodeConfig(), "of the reward 'code'")
+    helpful: RewardModelConfig = option(RewardModelConfig(sees="summary"), "of the reward 'helpful'")
+    harmless: RewardModelConfig = option(RewardModelConfig(), "of the reward 'harmless'")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelTrainingConfig:
+    """Training of a reward model from `model.path` on preferences."""
+
+    path: str = option(
+        "", "JSONL file of pairs {'prompt', 'chosen', 'rejected'} or points {'prompt', 'completion', 'label'}"
+    )
+    eval_path: str = option("", "JSONL file of held-out rows; empty: the last tenth of `path`")
+    steps: int = option(100, "optimizer steps")
+    batch_size: int = option(16, "pairs, or points, a step")
+    max_length: int = option(512, "tokens of prompt and completion; a longer row is an error")
+    lr: float = option(6e-6, "peak learning rate (cosine to a tenth, after a warm-up of a twentieth)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,6 +471,7 @@ class Config:
     cold_start: ColdStartConfig = option(ColdStartConfig(), "")
     sft: SftConfig = option(SftConfig(), "of `grpo-jax sft`")
     dpo: DpoConfig = option(DpoConfig(), "of `grpo-jax dpo`")
+    reward_model: RewardModelTrainingConfig = option(RewardModelTrainingConfig(), "of `grpo-jax reward-model train`")
     train: TrainConfig = option(TrainConfig(), "")
     eval: EvalConfig = option(EvalConfig(), "")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), "")
@@ -671,6 +698,16 @@ def validate(config: Config, source: str = "config") -> None:
     require(0 <= c.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "must be at least 0 and below 0.5")
     for name in ("optim.b1", "optim.b2"):
         require(0 <= value_of(c, name) < 1, name, "must be at least 0 and below 1")
+    for name in ("helpful", "harmless"):
+        section, rows = getattr(c.rewards, name), c.completions
+        used = name in c.rewards.names
+        require(not used or bool(section.path), f"rewards.{name}.path", f"is empty, and rewards.names has {name!r}")
+        require(bool(section.marker), f"rewards.{name}.marker", "is empty: name what ends the thought")
+        fits = section.micro_batch_size == 0 or section.micro_batch_size > 0 == rows % section.micro_batch_size
+        require(fits, f"rewards.{name}.micro_batch_size", f"must be 0 or divide the {rows} completions")
+    for name in ("reward_model.steps", "reward_model.batch_size", "reward_model.max_length"):
+        require(value_of(c, name) > 0, name, "must be positive")
+    require(c.reward_model.lr >= 0, "reward_model.lr", "must not be negative")
     for name in ("rewards.code.seconds", "rewards.code.output_kb"):
         require(value_of(c, name) > 0, name, "must be positive")
     for name in ("rewards.code.files_mb", "rewards.code.parallel"):

@@ -9,6 +9,7 @@ everything that does is in `state`.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from grpo_jax.parallel import (
     sampling_layout,
     shardings,
 )
+from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.sampler.pool import Filling, empty, filling_means, keep, round_prompts, wanting
 from grpo_jax.sampler.sample import anywhere, sample
@@ -159,7 +161,7 @@ def train_step(parts: StepParts, state: TrainState, prompts: Prompts) -> tuple[T
     if parts.config.data.pool_factor > 1:
         return update(parts, state, *fill_batch(parts, state, prompts))
     rollout = sample_rollout(parts, state, prompts)
-    return update(parts, state, score_rollout(parts, prompts, rollout))
+    return update(parts, state, score_rollout(parts, prompts, rollout, state.frozen.get(COLLECTION)))
 
 
 def noise_key(seed: int, stream: int, step: Int[Array, ""] | int) -> Array:
@@ -175,7 +177,7 @@ def casts(path: str, x: Array) -> bool:
 def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
     """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
     dtype = jnp.dtype(parts.config.model.compute_dtype)
-    policy = without_value(variables)
+    policy = {name: tree for name, tree in without_value(variables).items() if name != COLLECTION}
     cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
     return unstack(cast, parts.module.architecture)
@@ -206,9 +208,11 @@ def draw_completions(
     return constrain(sample(module, variables, constrain(prompts), key, config, *more))
 
 
-def score_rollout(parts: StepParts, prompts: Prompts, rollout: Rollout) -> Rollout:
+def score_rollout(
+    parts: StepParts, prompts: Prompts, rollout: Rollout, reward_variables: dict[str, Any] | None = None
+) -> Rollout:
     """The rollout with its scores and advantages."""
-    return add_advantages(parts, rollout, parts.scorer.score(prompts, rollout))
+    return add_advantages(parts, rollout, parts.scorer.score(prompts, rollout, reward_variables))
 
 
 def add_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Rollout:
@@ -259,7 +263,8 @@ def fill_batch(parts: StepParts, state: TrainState, pool: Prompts) -> tuple[Roll
 
     def one_round(number: Array) -> tuple[Rollout, Means]:
         prompts = round_prompts(pool, number, parts.config.data.pool_factor)
-        rollout = score_rollout(parts, prompts, sample_rollout(parts, state, prompts, variables))
+        rollout = sample_rollout(parts, state, prompts, variables)
+        rollout = score_rollout(parts, prompts, rollout, state.frozen.get(COLLECTION))
         return rollout, rollout_means(parts, rollout)
 
     def go_on(filling: Filling) -> Bool[Array, ""]:
@@ -634,7 +639,9 @@ class Program:
         self._pooled = parts.config.data.pool_factor > 1
         if self._staged:
             self.sample = self._compiled(sample_rollout, in_shardings=(layout, rows), out_shardings=rows)
-            self.score_in_graph = self._compiled(lambda parts, *given: parts.scorer.score_in_graph(*given))
+            self.score_in_graph = self._compiled(
+                lambda parts, *given, **more: parts.scorer.score_in_graph(*given, **more)
+            )
             self.add_advantages = self._compiled(add_advantages)
             if self._pooled:
                 stepped["in_shardings"] = (layout, rows, whole)
@@ -647,10 +654,10 @@ class Program:
             self.fused = self._compiled(train_step, **stepped)
 
     def _compiled(self, function: Callable[..., Any], **options: Any) -> Any:
-        def program(*arguments: Any) -> Any:
+        def program(*arguments: Any, **named: Any) -> Any:
             self.traces += 1
             with jax.default_matmul_precision(self.parts.config.model.matmul_precision):
-                return function(self.parts, *arguments)
+                return function(self.parts, *arguments, **named)
 
         program.__name__ = function.__name__.strip("<>")  # what profiles and compile logs show
         return jax.jit(program, **options)
@@ -675,7 +682,8 @@ class Program:
         rollout = self._phase("sample", lambda: self.sample(state, prompts))
 
         def score() -> Rollout:
-            scores = self.parts.scorer.score_on_host(prompts, rollout, self.score_in_graph, Fetcher())
+            in_graph = functools.partial(self.score_in_graph, variables=state.frozen.get(COLLECTION))
+            scores = self.parts.scorer.score_on_host(prompts, rollout, in_graph, Fetcher())
             return self.add_advantages(rollout, scores)
 
         return self._phase("score", score)

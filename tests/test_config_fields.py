@@ -45,6 +45,7 @@ from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.heads import save_head
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.ops.advantages import advantages
@@ -53,11 +54,12 @@ from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.ops.preference import dpo_losses
 from grpo_jax.optimizer import make_optimizer, make_schedule, move_routing_biases, split_routing_biases
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
-from grpo_jax.recipes import base, cold_start, dpo, grpo, sft
+from grpo_jax.recipes import base, cold_start, dpo, grpo, reward_model, sft
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.rewards import code, judge
+from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.sandbox import Limits, Outcome
 from grpo_jax.rewards.verifiers import verifier
 from grpo_jax.sampler.draw import draw_tokens
@@ -795,6 +797,110 @@ def test_reward_timeout(model):
         host.call(np.array([0]), np.zeros((1, 2), np.int32), np.array([1]))
         error = host.take_error()
         assert (error is not None) == fails and (not fails or "rewards.timeout=0.1" in str(error))
+
+
+def reward_model_folder(model, tmp_path, name: str, scale: float) -> str:
+    """A reward model on the tiny model's decoder whose head is `scale` everywhere."""
+    folder = tmp_path / name
+    write_folder(str(folder), model.architecture, model.params, model.tokenizer)
+    width = model.architecture.width
+    save_head(str(folder), {"kernel": np.full((width, 1), scale, np.float32), "bias": np.zeros(1, np.float32)})
+    return str(folder)
+
+
+@flips(
+    *(f"rewards.{name}.{leaf}" for name in ("helpful", "harmless") for leaf in ("path", "sees", "marker")),
+    "rewards.helpful.micro_batch_size",
+    "rewards.harmless.micro_batch_size",
+)
+def test_reward_models_in_the_step(model, tmp_path, name):
+    """The field changes the traced program, or the variables that it is given."""
+    _, kind, leaf = name.split(".")
+    paths = [reward_model_folder(model, tmp_path, name, scale) for name, scale in (("one", 1.0), ("two", 2.0))]
+    default = {"path": paths[0], "sees": "summary", "marker": "1", "micro_batch_size": 0}
+    flipped = {"path": paths[1], "sees": "response", "marker": "1+", "micro_batch_size": 4}
+    made = []
+    for value in (default[leaf], flipped[leaf]):
+        fields = {f"rewards.{kind}.{at}": x for at, x in {**default, leaf: value}.items()}
+        parts, prompts, _ = prepared(model, **{"rewards.names": (kind,), "rewards.weights": (1.0,), **fields})
+        variables = initial_state(parts, model).frozen[COLLECTION]
+        rollout = jax.eval_shape(
+            lambda s, p, parts=parts: sample_rollout(parts, s, p), *given_to(parts, prompts, model)
+        )
+        program = jax.make_jaxpr(lambda r, v, parts=parts: parts.scorer.score_in_graph(None, r, v))(rollout, variables)
+        made.append((str(program), float(variables[kind]["score"]["kernel"][0, 0])))
+    assert (made[0][0] == made[1][0]) == (leaf == "path") and (made[0][1] == made[1][1]) == (leaf != "path")
+    with pytest.raises(InputError, match=f"rewards.{kind}.path='' is empty, and rewards.names has '{kind}'"):
+        tiny.config(**{"rewards.names": (kind,), "rewards.weights": (1.0,)})
+
+
+def given_to(parts, prompts, model):
+    """A state and the prompts of the first step."""
+    config = parts.config.data
+    batch = make_batch(prompts, 0, config.prompts_per_step, 0, False, config.max_prompt_length)
+    return initial_state(parts, model), batch
+
+
+PREFERENCES = [{"prompt": "1+1=", "chosen": "2", "rejected": str(wrong)} for wrong in (1, 3, 4, 5)]
+
+
+def reward_model_run(model, monkeypatch, tmp_path, **fields) -> tuple[dict, list[dict]]:
+    """(what was fitted, lines of metrics) of a run with the bigram model in the decoder's place."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES))
+    default = {"path": str(path), "steps": 2, "batch_size": 2, "max_length": 9, "lr": 0.1}
+    given = {f"reward_model.{name}": value for name, value in {**default, **fields}.items()}
+    config = tiny.config(**{"model.path": model.source, **given})
+    seen: dict = {"shapes": set()}
+
+    class Embedding(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, positions, segments):
+            embedding = self.param("embedding", nn.initializers.ones, (model.architecture.vocabulary, 16))
+            return embedding[tokens]
+
+    def fit(config, module, variables, rows, mesh, *rest):
+        seen["rows"] = rows
+        return reward_fit(config, Embedding(), variables, rows, mesh, *rest)
+
+    def make(rows, count, length):
+        seen["shapes"].add((count, length))
+        return reward_batch(rows, count, length)
+
+    reward_fit, reward_batch = reward_model.fit, reward_model.make_preference_batch
+    table = np.ones((model.architecture.vocabulary, 16), np.float32)
+    loaded = dataclasses.replace(model, params={"embedding": table})
+    monkeypatch.setattr(reward_model, "load_model", lambda path: loaded)
+    monkeypatch.setattr(reward_model, "measure", lambda *given: {"accuracy": float(len(given[3]))})
+    monkeypatch.setattr(reward_model, "save_reward_model", lambda folder, model, variables: "saved")
+    monkeypatch.setattr(reward_model, "fit", fit)
+    monkeypatch.setattr(reward_model, "make_preference_batch", make)
+    monkeypatch.setattr(reward_model, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    assert reward_model.run(config, tmp_path / "run", Terminal(out=io.StringIO())) == "saved"
+    seen["held_out"] = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
+    return seen, [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@flips("reward_model.steps", "reward_model.batch_size", "reward_model.max_length", "reward_model.lr")
+def test_reward_model_training(model, monkeypatch, tmp_path, name):
+    leaf = name.removeprefix("reward_model.")
+    value = {"steps": 4, "batch_size": 3, "max_length": 12, "lr": 0.5}[leaf]
+    seen, lines = reward_model_run(model, monkeypatch, tmp_path, **{leaf: value})
+    want = {"steps": 2, "batch_size": 2, "max_length": 9, "lr": 0.1, leaf: value}
+    assert len(lines) == want["steps"] and seen["shapes"] == {(want["batch_size"], want["max_length"])}
+    assert lines[0]["lr"] == pytest.approx(want["lr"])
+
+
+@flips("reward_model.path", "reward_model.eval_path")
+def test_reward_model_files(model, monkeypatch, tmp_path, name):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES[:2]))
+    seen, _ = reward_model_run(model, monkeypatch, tmp_path, **{name.removeprefix("reward_model."): str(other)})
+    assert (len(seen["rows"]), seen["held_out"]) == {"reward_model.path": (1, 1), "reward_model.eval_path": (4, 2)}[
+        name
+    ]
+    with pytest.raises(InputError, match=rf"{name}='nowhere': no such file"):
+        reward_model_run(model, monkeypatch, tmp_path, **{name.removeprefix("reward_model."): "nowhere"})
 
 
 def judged(program: str, tests: dict, **fields) -> tuple[float, float]:

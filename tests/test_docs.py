@@ -27,6 +27,7 @@ PAGES = (
     "docs/objectives.md",
     "docs/results.md",
     "docs/rewards.md",
+    "docs/reward_models.md",
 )
 
 
@@ -139,7 +140,7 @@ def test_configs_that_are_mentioned_exist(repo_root):
 
 def test_commands_that_are_mentioned_exist(repo_root):
     (commands,) = [set(action.choices) for action in parser()._actions if action.choices]
-    mentioned = {c for text in told(repo_root).values() for c in re.findall(r"grpo-jax ([a-z]+)\b", text)}
+    mentioned = {c for text in told(repo_root).values() for c in re.findall(r"grpo-jax ([a-z]+(?:-[a-z]+)*)\b", text)}
     assert "train" in mentioned and mentioned <= commands
 
 

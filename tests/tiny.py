@@ -159,7 +159,7 @@ class TinyScorer(Scorer):
 
     rewards: Mapping[str, Reward] = dataclasses.field(default_factory=lambda: REWARDS)
 
-    def score_in_graph(self, prompts: Prompts, rollout: Rollout) -> tuple[Array, Array]:
+    def score_in_graph(self, prompts: Prompts, rollout: Rollout, variables: Any = None) -> tuple[Array, Array]:
         functions = [self.rewards[name] for name in self.names if not self._on_host(name)]
         values = [function(prompts, rollout).astype(jnp.float32) for function in functions]
         made = jnp.stack(values, axis=1) if values else jnp.zeros((rollout.tokens.shape[0], 0), jnp.float32)

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grpo_jax.models.heads import init_head, read_head
+
 COLLECTIONS = ("value_head", "critic")
 
 
 def init_value(critic: str, width: int, params: Any, dtype: Any) -> dict[str, Any]:
     """The collections of a value model that says 0 everywhere; the decoder of its own is a copy of `params`."""
-    made: dict[str, Any] = {"value_head": {"kernel": jnp.zeros((width, 1), dtype), "bias": jnp.zeros(1, dtype)}}
+    made: dict[str, Any] = {"value_head": init_head(width, dtype)}
     return made | ({"critic": jax.tree.map(lambda x: jnp.array(x, dtype), params)} if critic == "model" else {})
 
 
@@ -26,5 +28,4 @@ def without_value(variables: dict[str, Any]) -> dict[str, Any]:
 
 def read_values(variables: dict[str, Any], hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """The value head on hidden states, float32."""
-    head = variables["value_head"]
-    return (hidden.astype(jnp.float32) @ head["kernel"].astype(jnp.float32))[..., 0] + head["bias"].astype(jnp.float32)
+    return read_head(variables["value_head"], hidden)

@@ -13,6 +13,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import row_sharding
 from grpo_jax.rewards.host import Record
+from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import answer_span, last_number
 from grpo_jax.rewards.texts import number as lenient_reward
@@ -86,6 +87,7 @@ class Evaluator:
         shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
         at_once = max(self.parts.config.completions // samples // shards, 1) * shards
         program = self._sampler(samples, temperature, top_p, top_k)
+        in_graph = functools.partial(self._scores, variables=variables.get(COLLECTION))
         variables = self._ready(variables)
         noise = noise_key(self.parts.config.seed, EVALUATION, step)
         fetch, records = Fetcher(), []
@@ -97,7 +99,7 @@ class Evaluator:
             between()
             prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
             rollout = program(variables, prompts, noise)
-            scores = self.scorer.score_on_host(prompts, rollout, self._scores, fetch)
+            scores = self.scorer.score_on_host(prompts, rollout, in_graph, fetch)
             if host is not None and (error := host.take_error()):
                 raise error
             told = Record() if host is None else host.take()

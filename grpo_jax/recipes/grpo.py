@@ -37,6 +37,7 @@ from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
 from grpo_jax.recipes.sft import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
+from grpo_jax.rewards.reward_model import load_reward_variables, open_reward_models
 from grpo_jax.rewards.scorer import RewardPools, build_scorer
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
@@ -164,6 +165,7 @@ def check_inputs(
     """
     for split in ("train", "eval"):
         build_scorer(config.rewards, [b""], rows[split], lambda ids: "", mesh, dict(rewards) if rewards else None)
+    open_reward_models(config.rewards, config.model, None)
     if not config.model.path:
         return None
     model = with_end_tokens(load_model(config.model.path, keep_adapters=config.lora.rank > 0), config)
@@ -209,6 +211,7 @@ def prepare(
         target_layers(model.params, config.lora.targets)  # raises when there are none
     token_bytes = tokenizer.token_bytes() + [b""] * (model.architecture.vocabulary - tokenizer.vocabulary)
     scorers, sets = {}, {}
+    models = open_reward_models(config.rewards, config.model, tokenizer)
     pools = RewardPools.of(config.rewards)
     draws = config.data.pool_factor * config.data.prompts_per_step
     progress = {"train": Progress(draws, config.train.steps), "eval": None}
@@ -222,6 +225,7 @@ def prepare(
             dict(rewards) if rewards else None,
             pools,
             progress[split],
+            models,
         )
         scorers[split] = scorer
         sets[split] = build_prompt_set(
@@ -257,6 +261,7 @@ def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
     trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
     trainable = place(trainable, parts.mesh, dtype)
     frozen = jax.device_put(frozen, shardings(frozen, parts.mesh))
+    frozen = {**frozen, **load_reward_variables(config.rewards, config.model, parts.mesh)}
     return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
 
 

@@ -311,17 +311,18 @@ def save_adapters(folder: pathlib.Path, config: Config, model: LoadedModel, vari
     base = config.model.path or model.source
     while is_adapters(base):  # adapters that were trained on: PEFT wants the model below them
         base = base_of(base)
-    return _written_whole(
+    return written_whole(
         folder, lambda making: write_adapters(making, model.architecture, variables, config.lora.alpha, base)
     )
 
 
 def save_model(folder: pathlib.Path, model: LoadedModel, params: Any) -> str:
     """Writes a Hugging Face folder that is there whole or not at all; a finished one is left as it is."""
-    return _written_whole(folder, lambda making: write_folder(making, model.architecture, params, model.tokenizer))
+    return written_whole(folder, lambda making: write_folder(making, model.architecture, params, model.tokenizer))
 
 
-def _written_whole(folder: pathlib.Path, write: Callable[[str], None]) -> str:
+def written_whole(folder: pathlib.Path, write: Callable[[str], None]) -> str:
+    """The folder that `write` fills, there whole or not at all; a finished one is left as it is."""
     if not folder.is_dir():
         making = folder.with_name(f"{folder.name}.making")
         shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one

@@ -20,6 +20,7 @@ from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.host import HostRewards, Progress
 from grpo_jax.rewards.letters import SCRIPTS
 from grpo_jax.rewards.pool import Pool, Pooled
+from grpo_jax.rewards.reward_model import MODEL_REWARDS, RewardModel
 from grpo_jax.rewards.texts import choice_letter, expected_text, last_number
 from grpo_jax.rewards.verifiers import (
     NEED_ANSWER,
@@ -51,6 +52,7 @@ class Scorer:
       answers: answer_bytes and answer_lengths of every dataset row; empty when no component reads them.
       functions: the in-graph components by name.
       pools: the worker processes of host components.
+      models: the components that are reward models; their variables come with each call.
     """
 
     names: tuple[str, ...]
@@ -61,14 +63,15 @@ class Scorer:
     answers: Mapping[str, np.ndarray]
     functions: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
     pools: "RewardPools | None" = None
+    models: Mapping[str, RewardModel] = dataclasses.field(default_factory=dict)
 
     def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """`Prompts.columns` of the dataset rows with these numbers; widths are those of the whole dataset."""
         return {name: values[np.asarray(rows)] for name, values in self.answers.items()}
 
-    def score(self, prompts: Prompts, rollout: Rollout) -> Scores:
-        """Scores of every component, traced inside the step's program."""
-        in_graph = self.score_in_graph(prompts, rollout)
+    def score(self, prompts: Prompts, rollout: Rollout, variables: Mapping[str, Any] | None = None) -> Scores:
+        """Scores of every component, traced inside the step's program; `variables` are those of `models` by name."""
+        in_graph = self.score_in_graph(prompts, rollout, variables)
         by_host = None
         if self.host is not None:
             row = prompts.row[rollout.group]
@@ -98,7 +101,7 @@ class Scorer:
             raw[real] = self.host.call(row[group][real], tokens[real], lengths[real], draw[real])
             return self._merge(found, host_rewards.decoded(jnp.asarray(raw)), rollout)
 
-    def score_in_graph(self, prompts: Prompts, rollout: Rollout) -> InGraph:
+    def score_in_graph(self, prompts: Prompts, rollout: Rollout, variables: Mapping[str, Any] | None = None) -> InGraph:
         """(values, valid) of the in-graph components alone, in config order; those that read others come later."""
         names = [name for name in self.names if not self._on_host(name) and name not in self._late]
         if not names:
@@ -109,7 +112,15 @@ class Scorer:
         if NEED_OPENED & set(names):
             columns["opened"] = prompt_opens(self.table, prompts.tokens, prompts.lengths)[rollout.group]
         text, n = completion_bytes(self.table, rollout.tokens, rollout.lengths)
-        scores, valids = zip(*(self.functions[name](text, n, columns) for name in names), strict=True)
+
+        def one(name: str) -> tuple[Array, Array]:
+            if name not in self.models:
+                return self.functions[name](text, n, columns)
+            assert variables is not None, name
+            score = self.models[name].score(variables[name], self.table, rollout)
+            return score, jnp.ones_like(score)
+
+        scores, valids = zip(*map(one, names), strict=True)
         return jnp.stack(scores, axis=1), jnp.stack(valids, axis=1)
 
     def total(self, scores: Scores) -> Float[Array, "B"]:
@@ -202,13 +213,15 @@ def build_scorer(
     callables: dict[str, Callable[..., Any]] | None = None,
     pools: RewardPools | None = None,
     progress: Progress | None = None,
+    models: Mapping[str, RewardModel] | None = None,
 ) -> Scorer:
     """The scorer of a config; raises InputError for unknown names, unreadable functions and rows without an answer.
 
     `tokenizer_bytes` are the bytes that each token id adds to the text, none for special tokens, which `decode` leaves
     out too. `rows` are the dataset: the prompt under 'prompt', the right answer under 'answer', other columns by their
     names. `callables` are host rewards by name; they take precedence over names that exist otherwise. `pools` are
-    shared with other scorers (None: own ones), `progress` tells rewards the step.
+    shared with other scorers (None: own ones), `progress` tells rewards the step. `models` are the reward models by
+    name; without them the scorer can be checked, not used.
     """
     callables = callables or {}
     unused = [name for name in callables if name not in config.names]
@@ -221,13 +234,13 @@ def build_scorer(
             functions[name] = callables[name]
         elif name in HOST_REWARDS:
             functions[name] = HOST_REWARDS[name](config, pools, rows)
-        elif name not in REWARDS:
+        elif name not in REWARDS and name not in MODEL_REWARDS:
             _require_columns(name, load_function(name, tuple(callables)), rows)
             functions[name] = Pooled(name)
     for name, function in functions.items():
         if not isinstance(function, Pooled):
             _require_columns(name, function, rows)
-    in_graph = [name for name in config.names if name not in functions]
+    in_graph = [name for name in config.names if name not in functions and name not in MODEL_REWARDS]
     check_in_graph(config, in_graph)
     needing = [name for name in in_graph if name in NEED_ANSWER]
     host = HostRewards(functions, rows, decode, config.timeout, config.on_error, pools.own, progress)
@@ -240,6 +253,7 @@ def build_scorer(
         answers=answer_columns(rows, needing) if needing else {},
         functions={name: verifier(name, config) for name in in_graph},
         pools=pools if functions else None,
+        models=models or {},
     )
 
 
@@ -260,7 +274,7 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable[..., Any]:
     where = f"rewards.names={name!r}"
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        names = [*REWARDS, *HOST_REWARDS, *known]
+        names = [*REWARDS, *HOST_REWARDS, *MODEL_REWARDS, *known]
         raise InputError(f"{where} is not one of {', '.join(names)}, nor 'module:function'{_nearest(name, names)}")
     try:
         module = importlib.import_module(module_name)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from grpo_jax.config import RewardsConfig
 from grpo_jax.errors import InputError
 from grpo_jax.rewards.pool import Pooled
+from grpo_jax.rewards.reward_model import MODEL_REWARDS
 from grpo_jax.rewards.scorer import HOST_REWARDS, build_scorer, load_function
 from grpo_jax.rewards.texts import text_reward
 from grpo_jax.rewards.verifiers import REWARDS
@@ -181,7 +182,7 @@ def test_load_function_finds_and_refuses(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards_file.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_function("my_rewards_file:short")(completions=[]) == [0.0]
-    known = ", ".join([*REWARDS, *HOST_REWARDS])
+    known = ", ".join([*REWARDS, *HOST_REWARDS, *MODEL_REWARDS])
     refused = {
         "my_rewards_file:shrot": "module 'my_rewards_file' has no 'shrot'; did you mean 'short'?",
         "my_rewards_file:limit": "'limit' is a int, not a function",
