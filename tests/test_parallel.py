@@ -62,7 +62,9 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
     with pytest.raises(InputError, match=r"objective\.micro_batch_size=2 must divide by the 4 devices of mesh"):
         check_batch(tiny.config(**plain, **{"objective.micro_batch_size": 2}), mesh)
     check_batch(tiny.config(**plain, **{"objective.micro_batch_size": 4, "objective.minibatches": 4}), mesh)
-    with pytest.raises(InputError, match=r"objective\.minibatches=4 must divide the 1 prompts of each of the 4 devices"):
+    with pytest.raises(
+        InputError, match=r"objective\.minibatches=4 must divide the 1 prompts of each of the 4 devices"
+    ):
         check_batch(tiny.config(**{"data.prompts_per_step": 4, "objective.minibatches": 4}), mesh)
     with pytest.raises(InputError, match=r"sampler\.slots=6 must divide by the 4 devices"):
         check_batch(tiny.config(**{"data.prompts_per_step": 4, "sampler.slots": 6}), mesh)

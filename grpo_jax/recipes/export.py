@@ -6,7 +6,6 @@ import shutil
 from grpo_jax.errors import InputError
 from grpo_jax.models.huggingface import MOST_SHARD, write_folder
 from grpo_jax.models.loading import load_model
-from grpo_jax.models.lora import merge
 
 
 def export(source: str, folder: str, dtype: str = "", most_shard: int = MOST_SHARD) -> str:
@@ -18,14 +17,12 @@ def export(source: str, folder: str, dtype: str = "", most_shard: int = MOST_SHA
     path = pathlib.Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{folder}: is there already: name a new folder")
-    model = load_model(source, keep_adapters=True)
-    params = model.params if model.adapters is None else merge(model.params, model.adapters)
+    model = load_model(source)
     making = path.with_name(f"{path.name}.making")
     shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one
     making.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(str(making), model.architecture, params, model.tokenizer, dtype, most_shard)
+    write_folder(str(making), model.architecture, model.params, model.tokenizer, dtype, most_shard)
     if path.exists():
         path.rmdir()
     making.rename(path)
-    merged = "" if model.adapters is None else ", adapters merged"
-    return f"{folder}: {model.architecture.family} from {model.source}{merged}"
+    return f"{folder}: {model.architecture.family} from {model.source}"

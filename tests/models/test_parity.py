@@ -19,6 +19,7 @@ FAMILIES = sorted(path.name for path in FOLDER.iterdir())
 # decoding of families whose cache is read just as another's.
 VARIANTS = {"deepseek_v3_plain", "llama_linear", "phi3"}
 DECODED = {"deepseek_v3", "gemma2", "gemma3", "phi4_mini", "qwen3_moe"}
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the CPU seconds: 3.3 against 5.3 a gradient
 LENGTHS, COLUMNS, PROMPT = np.array([12, 9, 5]), 12, 8
 REAL = {"right": np.arange(COLUMNS)[None] < LENGTHS[:, None]}
 REAL["left"] = REAL["right"][:, ::-1]
@@ -56,7 +57,7 @@ def compiled(family):
         chosen = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.sum(chosen * weights[:, 1:] * segments[:, :-1]), logits
 
-    return jax.jit(jax.grad(loss, has_aux=True))
+    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_prefill_and_decode_equal_the_full_pass(family):
     module, rows = Decoder(architecture, scanned=False), len(LENGTHS)
     positions, segments = places("left")
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, tokens):
         variables = unstack({"params": params}, architecture)
         cache = init_cache(architecture, rows, PROMPT, rows, COLUMNS - PROMPT, jnp.float32)
