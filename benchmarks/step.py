@@ -46,14 +46,25 @@ SHAPE = {
     "vocab": 512,
     "natural_end": False,
     "micro": 0,
+    "pack_prompts": 0,
+    "slots": 0,
 }
+OURS = ("micro", "pack_prompts", "slots")  # options of this trainer alone: no part of the work
 TINY = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 2, "ffn": 172, "vocab": 64}
 SMOLLM2 = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
 WORKLOADS: dict[str, dict[str, Any]] = {
     "small": {"micro": 16},
     "smollm2": {"prompts": 4, "group": 4, "prompt_len": 32, **SMOLLM2},
     "tiny": {"prompts": 16, "prompt_len": 8, "new_tokens": 32, **TINY},
-    "ragged": {"prompts": 16, "new_tokens": 256, "vocab": 48, "natural_end": True},
+    "ragged": {
+        "prompts": 16,
+        "new_tokens": 256,
+        "vocab": 48,
+        "natural_end": True,
+        "micro": 8,
+        "pack_prompts": 5,
+        "slots": 32,
+    },
     "long_prompt": {"prompts": 4, "group": 16, "prompt_len": 512, "new_tokens": 32},
 }
 
@@ -67,7 +78,7 @@ class DigitReward:
     names: tuple[str, ...] = ("digits",)
     weights: tuple[float, ...] = (1.0,)
 
-    def score(self, prompts: Prompts, rollout: Any) -> Scores:
+    def score(self, prompts: Prompts, rollout: Any, variables: Any = None) -> Scores:
         """Scores [B, 1], in the program."""
         answer = self.answers[prompts.row][rollout.group]
         length = self.lengths[prompts.row][rollout.group]
@@ -83,7 +94,7 @@ class DigitReward:
         """The one component."""
         return scores.values[:, 0]
 
-    def score_in_graph(self, prompts: Prompts, rollout: Any) -> tuple[jax.Array, jax.Array]:
+    def score_in_graph(self, prompts: Prompts, rollout: Any, variables: Any = None) -> tuple[jax.Array, jax.Array]:
         """The same as a pair, for staged mode."""
         scores = self.score(prompts, rollout)
         return scores.values, scores.valid
@@ -103,7 +114,6 @@ def arguments() -> argparse.Namespace:
             parser.add_argument(flag, action="store_true", default=None)
         else:
             parser.add_argument(flag, type=int)
-    parser.add_argument("--slots", type=int, default=0, help="sampler.slots")
     parser.add_argument("--steps", type=int, default=15, help="measured steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps run first and not counted")
     parser.add_argument("--seed", type=int, default=0)
@@ -150,8 +160,8 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
     raw.seed = options.seed
     raw.train.steps = total
     raw.step.mode = "staged" if options.phases else "fused"
-    if options.slots:
-        raw.sampler.slots = options.slots
+    raw.sampler.slots = options.slots
+    raw.train.pack_prompts = options.pack_prompts
     for setting in options.set:
         field, _, value = setting.partition("=")
         section, name = field.rsplit(".", 1)
