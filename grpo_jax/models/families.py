@@ -25,6 +25,7 @@ IGNORED = frozenset(
 )
 # Fields that may only have the value with which this decoder computes the same.
 FIXED: dict[str, Any] = {
+    "attention_bias": False,  # where a family has it, it is taken before
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
