@@ -457,7 +457,7 @@ class Config:
 
     seed: int = option(0, "everything random is a function of it")
     model: ModelConfig = option(ModelConfig(), "")
-    lora: LoraConfig = option(LoraConfig(), "of `train`, `sft` and the cold start")
+    lora: LoraConfig = option(LoraConfig(), "of `train`, `sft`, `dpo` and the cold start")
     base: BaseConfig = option(BaseConfig(), "")
     text: TextConfig = option(TextConfig(), "")
     data: DataConfig = option(DataConfig(), "")
