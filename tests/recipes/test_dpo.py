@@ -59,6 +59,10 @@ def write(path, rows) -> str:
     return str(path)
 
 
+def leaves(model: LoadedModel) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(model.params)]
+
+
 def test_all_forms_of_a_row_give_the_same_pair(tmp_path, model):
     row = {"prompt": "1+2=", "chosen": "<answer>3</answer>", "rejected": "3"}
     chat = {"prompt": [user("1+2=")], **{name: [assistant(row[name])] for name in ("chosen", "rejected")}}
@@ -180,7 +184,7 @@ def test_a_run_learns_to_prefer_and_goes_on_where_it_was_stopped(tmp_path, model
     assert lines[-1]["dpo/margin"] > 0.5 and lines[-1]["dpo/loss"] < 0.5
     assert lines[-1]["dpo/chosen"] > lines[-1]["dpo/rejected"]
     trained = load_model(whole)
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (trained.params, model.params)), strict=True))
+    assert any(np.any(a != b) for a, b in zip(leaves(trained), leaves(model), strict=True))
 
     said = Terminal.step
 
@@ -225,5 +229,5 @@ def test_adapters_are_trained_on_a_frozen_base(tmp_path, model, one_device):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["dpo/margin"] == pytest.approx(0, abs=1e-5) and lines[1]["dpo/margin"] > 0.001
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
-    pairs = zip(jax.tree.leaves(merged.params), jax.tree.leaves(model.params), strict=True)
-    assert {bool((a != b).any()) for a, b in pairs} == {True, False}, "dense layers moved, embedding and norms did not"
+    moved = [np.any(a != b) for a, b in zip(leaves(merged), leaves(model), strict=True)]
+    assert {bool(x) for x in moved} == {True, False}, "dense layers moved, embedding and norms did not"
