@@ -170,7 +170,7 @@ def sft_config(micro_base: str, **fields) -> Config:
 
 
 def leaves(path: str) -> list[np.ndarray]:
-    return jax.tree.leaves(load_model(path).params)
+    return [np.asarray(x) for x in jax.tree.leaves(load_model(path).params)]
 
 
 def test_a_run_learns_and_goes_on_where_it_was_stopped(tmp_path, micro_base, chats, monkeypatch, one_device):
