@@ -240,9 +240,10 @@ class ExpertMlp(nn.Module):
         if self.balance and bias is not None:
             weights = report_excess(weights, bias, load_excess(experts, real_tokens(segments).reshape(-1), e.count))
         up, down = (e.count, a.width, e.width), (e.count, e.width, a.width)
-        kernels = tuple(
-            ExpertKernels(shape, self.dtype, name=f"experts_{name}")()
-            for name, shape in (("gate", up), ("up", up), ("down", down))
+        kernels = (
+            ExpertKernels(up, self.dtype, name="experts_gate")(),
+            ExpertKernels(up, self.dtype, name="experts_up")(),
+            ExpertKernels(down, self.dtype, name="experts_down")(),
         )
         out = mix_experts(rows, experts, weights, kernels, ACTIVATIONS[a.activation]).reshape(x.shape)
         return out + Mlp(a, self.dtype, e.shared_width, name="shared")(x) if e.shared_width else out
