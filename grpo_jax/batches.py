@@ -17,12 +17,11 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.config import Config
 from grpo_jax.ops.packing import (
     Pack,
-    PackIndex,
     Packing,
     gather_groups,
     move,
     pack_groups,
-    pack_indices,
+    pack_index,
     plain_pack,
     plain_sequences,
     shared_pack,
@@ -106,14 +105,15 @@ class Packs(flax.struct.PyTreeNode):
     """The packs of a minibatch; the same number on all devices, `count`."""
 
     piece: TrainingBatch
+    sizes: Int[Array, "D N G"]
     packing: Packing
-    indices: PackIndex
     count: Int[Array, ""]
     shape: PackShape = flax.struct.field(pytree_node=False)
 
     def pick(self, number: Int[Array, ""]) -> tuple[Pack, TrainingBatch]:
         """A pack for the model, and the rows [R, ...] of its completions (R = D x prompts x group)."""
-        index = jax.tree.map(lambda x: x[number], self.indices)
+        shape = (self.shape.prompts, self.shape.rows, pack_width(self.piece, self.shape))
+        index = pack_index(self.packing, self.sizes, number, shape)
         held = gather_groups(self.piece, index.groups)
         real = (index.groups >= 0)[..., None]
         held = held.replace(mask=held.mask * real[..., None], weight=held.weight * real)
@@ -148,10 +148,13 @@ def make_packs(piece: TrainingBatch, shape: PackShape) -> Packs:
     counted = jnp.any(piece.mask > 0, axis=-1)
     sizes = piece.lengths if shape.shared else piece.lengths + piece.prompt_lengths
     sizes = jnp.where(counted, sizes, 0)
-    width = piece.tokens.shape[-1] + (0 if shape.shared else piece.prompt_tokens.shape[-1])
-    packing = pack_groups(sizes, shape.rows, width, shape.prompts)
-    indices = pack_indices(packing, sizes, shape.rows, width, shape.prompts)
-    return Packs(piece, packing, indices, jnp.max(packing.count), shape)
+    packing = pack_groups(sizes, shape.rows, pack_width(piece, shape), shape.prompts)
+    return Packs(piece, sizes, packing, jnp.max(packing.count), shape)
+
+
+def pack_width(piece: TrainingBatch, shape: PackShape) -> int:
+    """Columns of a pack's rows: T, or P + T where completions bring their prompts."""
+    return piece.tokens.shape[-1] + (0 if shape.shared else piece.prompt_tokens.shape[-1])
 
 
 def loop(count: Int[Array, ""], body: Callable[[Array, Any], Any], carry: Any, seed_axis: str | None = None) -> Any:

@@ -78,34 +78,28 @@ class PackIndex(flax.struct.PyTreeNode):
     cell: Int[Array, "D n G T"]
 
 
-def pack_indices(packing: Packing, lengths: Int[Array, "D N G"], rows: int, width: int, prompts: int) -> PackIndex:
-    """The indices of all packs, [K, D, ...] with K = N, the most there can be; those from `count` on are empty."""
-    parts, count, size = lengths.shape
+def pack_index(
+    packing: Packing, lengths: Int[Array, "D N G"], number: Int[Array, ""] | int, shape: tuple[int, int, int]
+) -> PackIndex:
+    """The indices of pack `number`; `shape` is its prompts, rows and width. Beyond `count` packs are empty.
+
+    Each cell asks the pack's completions whose it is: compared to a scatter of tokens to cells that is some more
+    arithmetic, and nothing that runs one entry after another.
+    """
+    prompts, rows, width = shape
+    real = jnp.any(lengths > 0, axis=2) & (packing.pack == number)
+    held = real[:, None] & (packing.slot[:, None] == jnp.arange(prompts)[:, None])  # [D, n, N]
+    groups = jnp.where(jnp.any(held, axis=2), jnp.argmax(held, axis=2), EMPTY).astype(jnp.int32)
+    row, offset, length = gather_groups((packing.row, packing.offset, lengths), groups)  # [D, n, G]
+    length = jnp.where((groups >= 0)[..., None], length, 0)
     place = jnp.arange(width)
-    inside = place < lengths[..., None]  # [D, N, G, T]
-    n = packing.slot[..., None, None] * size + jnp.arange(size)[:, None]
-    token = n * width + place
-    cells = packing.row[..., None] * width + packing.offset[..., None] + place
-    pack = jnp.broadcast_to(packing.pack[..., None, None], cells.shape)
-
-    def scatter(shape: tuple[int, ...], at: Array, values: Array) -> Array:
-        """[D, K, *shape] with each part's values at (its pack, place), EMPTY elsewhere."""
-        flat = shape[0]
-        where = jnp.where(inside, pack * flat + at, count * flat).reshape(parts, -1)
-        empty = jnp.full((parts, count * flat), EMPTY, jnp.int32)
-        put = jax.vmap(lambda e, i, v: e.at[i].set(v, mode="drop", unique_indices=False))
-        return put(empty, where, jnp.broadcast_to(values, cells.shape).reshape(parts, -1)).reshape(parts, count, flat)
-
-    tokens = scatter((rows * width,), cells, token).reshape(parts, count, rows, width)
-    inverse = scatter((prompts * size * width,), jnp.broadcast_to(token, cells.shape), cells)
-    inverse = inverse.reshape(parts, count, prompts, size, width)
-    real = jnp.any(lengths > 0, axis=2)
-    where = jnp.where(real, packing.pack * prompts + packing.slot, count * prompts)
-    numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), where.shape)
-    empty = jnp.full((parts, count * prompts), EMPTY, jnp.int32)
-    groups = jax.vmap(lambda e, i, v: e.at[i].set(v, mode="drop"))(empty, where, numbers)
-    groups = groups.reshape(parts, count, prompts)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), PackIndex(groups, tokens, inverse))
+    cell = jnp.where(place < length[..., None], (row * width + offset)[..., None] + place, EMPTY)
+    parts, count = groups.shape[0], prompts * lengths.shape[2]
+    row, offset, length = (x.reshape(parts, 1, 1, count) for x in (row, offset, length))
+    within = place[:, None] - offset  # [D, 1, T, completions of the pack]
+    own = (row == jnp.arange(rows)[:, None, None]) & (within >= 0) & (within < length)
+    token = jnp.max(jnp.where(own, jnp.arange(count) * width + within, EMPTY), axis=-1)
+    return PackIndex(groups, token, cell)
 
 
 def move(x: Array, to: Int[Array, "*out"], back: Int[Array, "*inside"]) -> Array:

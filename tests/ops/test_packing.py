@@ -18,7 +18,7 @@ from grpo_jax.ops.packing import (
     gather_groups,
     move,
     pack_groups,
-    pack_indices,
+    pack_index,
     plain_pack,
     plain_sequences,
     shared_pack,
@@ -46,7 +46,8 @@ def packed(shape, rows, width, prompts):
     @jax.jit
     def run(lengths):
         packing = pack_groups(lengths, rows, width, prompts)
-        return packing, pack_indices(packing, lengths, rows, width, prompts)
+        of_number = functools.partial(pack_index, packing, lengths, shape=(prompts, rows, width))
+        return packing, jax.vmap(of_number)(jnp.arange(shape[1]))
 
     return run
 
@@ -130,10 +131,9 @@ def packed_logps(params, architecture, shared, weight):
     width = T if shared else P + T
     sizes = lengths if shared else jnp.where(lengths > 0, lengths + prompt_lengths[..., None], 0)
     packing = pack_groups(sizes, ROWS, width, PROMPTS)
-    indices = pack_indices(packing, sizes, ROWS, width, PROMPTS)
     made = []
     for i in range(tokens.shape[1]):
-        index = jax.tree.map(lambda x, i=i: x[i], indices)
+        index = pack_index(packing, sizes, i, (PROMPTS, ROWS, width))
         own = gather_groups((prompts, prompt_lengths, tokens), index.groups)
         if shared:
             pack = shared_pack(*own, index)
