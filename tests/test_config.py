@@ -105,7 +105,8 @@ POSITIVE = (
     "objective.sapo_temperature_neg objective.outer_iterations rewards.repetition_ngram rewards.math_timeout "
     "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
     "data.pool_factor dpo.steps dpo.batch_size dpo.max_length dpo.beta rewards.code.seconds "
-    "rewards.code.output_kb lora.alpha"
+    "rewards.code.output_kb lora.alpha reward_model.steps "
+    "reward_model.batch_size reward_model.max_length"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size train.pack_prompts objective.reference_every objective.beta objective.epsilon_high "
@@ -116,7 +117,8 @@ NOT_NEGATIVE = (
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
     "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second "
-    "ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank rewards.code.files_mb rewards.code.parallel"
+    "ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank rewards.code.files_mb rewards.code.parallel "
+    "optim.routing_bias_rate reward_model.lr"
 ).split()
 
 
@@ -143,6 +145,10 @@ def test_must_not_be_negative(name):
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
+        (
+            {"ppo.critic": "model", "objective.baseline": "value", "lora.rank": 4},
+            "ppo.critic='model' trains a decoder of its own, and lora.rank=4 freezes decoders: take head",
+        ),
         ({"ppo.gamma": 1.1}, "ppo.gamma=1.1 must lie between 0 and 1"),
         ({"ppo.lam": -0.1}, "ppo.lam=-0.1 must lie between 0 and 1"),
         (
