@@ -824,10 +824,10 @@ def test_reward_models_in_the_step(model, tmp_path, name):
         fields = {f"rewards.{kind}.{at}": x for at, x in {**default, leaf: value}.items()}
         parts, prompts, _ = prepared(model, **{"rewards.names": (kind,), "rewards.weights": (1.0,), **fields})
         variables = initial_state(parts, model).frozen[COLLECTION]
-        rollout = jax.eval_shape(
-            lambda s, p, parts=parts: sample_rollout(parts, s, p), *given_to(parts, prompts, model)
-        )
-        program = jax.make_jaxpr(lambda r, v, parts=parts: parts.scorer.score_in_graph(None, r, v))(rollout, variables)
+        given = given_to(parts, prompts, model)
+        rollout = jax.eval_shape(lambda s, p, parts=parts: sample_rollout(parts, s, p), *given)
+        score = parts.scorer.score_in_graph
+        program = jax.make_jaxpr(lambda *arrays, score=score: score(*arrays))(given[1], rollout, variables)
         made.append((str(program), float(variables[kind]["score"]["kernel"][0, 0])))
     assert (made[0][0] == made[1][0]) == (leaf == "path") and (made[0][1] == made[1][1]) == (leaf != "path")
     with pytest.raises(InputError, match=f"rewards.{kind}.path='' is empty, and rewards.names has '{kind}'"):
