@@ -128,7 +128,7 @@ def place(tree: Any, mesh: Mesh, dtype: Any) -> Any:
             return jax.device_put(x.astype(dtype), sharding)
         parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             key = tuple((s.start, s.stop) for s in index)
             if key not in parts:
                 parts[key] = np.asarray(x[index]).astype(dtype)

@@ -240,7 +240,7 @@ class ExpertMlp(nn.Module):
         if self.balance and bias is not None:
             weights = report_excess(weights, bias, load_excess(experts, real_tokens(segments).reshape(-1), e.count))
         up, down = (e.count, a.width, e.width), (e.count, e.width, a.width)
-        kernels = (
+        kernels: tuple[Array, Array, Array] = (
             ExpertKernels(up, self.dtype, name="experts_gate")(),
             ExpertKernels(up, self.dtype, name="experts_up")(),
             ExpertKernels(down, self.dtype, name="experts_down")(),

@@ -65,11 +65,11 @@ def attend_shared_prefix(
     prefix_scores = jnp.einsum("nrkge,nkep->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
     prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, length)
     own_scores = jnp.einsum("bkge,bkez->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
-    scale = scale or size**-0.5
+    factor = scale or size**-0.5
     prefix_weights, own_weights = softmax(
         [
-            jnp.where(prefix_mask[:, None], soft_cap(prefix_scores * scale, cap), MASKED),
-            jnp.where(own_mask[:, None], soft_cap(own_scores * scale, cap), MASKED),
+            jnp.where(prefix_mask[:, None], soft_cap(prefix_scores * factor, cap), MASKED),
+            jnp.where(own_mask[:, None], soft_cap(own_scores * factor, cap), MASKED),
         ]
     )
     prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, length)
@@ -135,15 +135,15 @@ def attend_packed(
     grouped = row_query.reshape(parts, r, length, kv_heads, -1, size)
     before = (x.reshape(parts, n * width, *x.shape[2:]) for x in (prompt_key, prompt_value))
     before_key, before_value = before
-    scale = scale or size**-0.5
+    factor = scale or size**-0.5
     before_scores = jnp.einsum("drskge,dzke->drkgsz", grouped, before_key, preferred_element_type=jnp.float32)
     own_scores = jnp.einsum(
         "bskge,bzke->bkgsz", grouped.reshape(-1, *grouped.shape[2:]), row_key, preferred_element_type=jnp.float32
     ).reshape(parts, r, kv_heads, -1, length, length)
     before_weights, own_weights = softmax(
         [
-            jnp.where(prompt_mask[:, :, None, None], soft_cap(before_scores * scale, cap), MASKED),
-            jnp.where(own_mask.reshape(parts, r, 1, 1, length, length), soft_cap(own_scores * scale, cap), MASKED),
+            jnp.where(prompt_mask[:, :, None, None], soft_cap(before_scores * factor, cap), MASKED),
+            jnp.where(own_mask.reshape(parts, r, 1, 1, length, length), soft_cap(own_scores * factor, cap), MASKED),
         ]
     )
     out = jnp.einsum("drkgsz,dzke->drskge", before_weights.astype(value.dtype), before_value)

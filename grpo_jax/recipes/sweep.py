@@ -139,7 +139,7 @@ class SeedsProgram:
             with jax.default_matmul_precision(parts.config.model.matmul_precision):
                 return seeds_step(parts, seeds, states, prompts)
 
-        self.step = jax.jit(
+        self.step: Any = jax.jit(
             program, in_shardings=(whole, layout, rows), out_shardings=(layout, whole, rows), donate_argnums=1
         )
 

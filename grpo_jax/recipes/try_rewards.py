@@ -58,7 +58,8 @@ def show(config: Config, path: pathlib.Path, terminal: Terminal | None = None) -
             score = "does not apply" if value is None else f"{value:.3f} x {weight:g}"
             terminal.say(f"  {name}: {score}" + (f"  {why}" if why else ""))
     for name, _ in _weights(config):
-        values = [found[name][0] for found in cells if found[name][0] is not None]
+        given = [found[name][0] for found in cells]
+        values = [value for value in given if value is not None]
         mean = f"mean {np.mean(values):.3f}" if values else "no mean"
         terminal.say(f"{name}: {mean} of {len(values)} of {len(cells)} completions")
     return cells
