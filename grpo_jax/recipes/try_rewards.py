@@ -19,6 +19,7 @@ from grpo_jax.parallel import check_batch, make_mesh
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_rows, starting_model
 from grpo_jax.recipes.loop import Stop, open_workdir
+from grpo_jax.rewards.reward_model import MODEL_REWARDS
 from grpo_jax.rewards.scorer import build_scorer, check_in_graph
 from grpo_jax.rewards.texts import TEXT_REWARDS, expected_text, opens_thinking, reason, text_of, text_reward
 from grpo_jax.rewards.verifiers import NEED_RIGHT, REWARDS, byte_table, verifier
@@ -91,9 +92,11 @@ def score_completions(
     In-graph rewards are told by their text twins, host rewards run as they do in training.
     """
     rewards = config.rewards
-    on_host = [name for name in rewards.names if name not in REWARDS]
+    on_host = [name for name in rewards.names if name not in (*REWARDS, *MODEL_REWARDS)]
     check_in_graph(rewards, [name for name in rewards.names if name in REWARDS])
     found = _host_cells(rewards, on_host, rows, texts, ids) if on_host else {}
+    about_models: Cell = (None, "a reward model: it scores inside the program, not here")
+    found |= {name: [about_models] * len(rows) for name in rewards.names if name in MODEL_REWARDS}
     call: dict[str, Any] = {
         "prompts": [row["prompt"] for row in rows],
         "completions": texts,
@@ -101,7 +104,7 @@ def score_completions(
         "answer": [row["answer"] for row in rows],
         "opened": opened,
     }
-    for name in sorted(set(rewards.names) - set(on_host), key=lambda name: name in NEED_RIGHT):
+    for name in sorted(set(rewards.names) - set(found), key=lambda name: name in NEED_RIGHT):
         if name in NEED_RIGHT:
             call["right"] = [value is not None and value >= 1.0 for value, _ in found[rewards.names[0]]]
         if name in TEXT_REWARDS:

@@ -1,5 +1,6 @@
 """`grpo-jax rewards`: what it shows of completions, and the probe's histogram and warnings."""
 
+import dataclasses
 import io
 import json
 
@@ -12,7 +13,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.parallel import make_mesh
 from grpo_jax.recipes import try_rewards
-from grpo_jax.recipes.try_rewards import pass_rates, probe, show, tell
+from grpo_jax.recipes.try_rewards import pass_rates, probe, score_completions, show, tell
 from grpo_jax.rewards.verifiers import REWARDS
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, train_sentencepiece
@@ -79,6 +80,14 @@ def test_a_reward_of_ones_own_inside_the_program(completions, monkeypatch):
         tiny.config(**{**FIELDS, "rewards.names": ("longer",), "rewards.weights": (1.0,)}), completions, terminal()
     )
     assert [row["longer"] for row in found] == [(1.0, ""), (1.0, ""), (None, "")]
+
+
+def test_a_reward_model_is_not_asked():
+    config = tiny.config(**FIELDS)
+    rewards = dataclasses.replace(config.rewards, names=("helpful", "answer"), weights=(1.0, 1.0))
+    config = dataclasses.replace(config, rewards=rewards)
+    (found,) = score_completions(config, [{"prompt": "p", "answer": "1"}], ["<answer>1</answer>"], [[1]], [False])
+    assert found["helpful"][0] is None and "reward model" in found["helpful"][1] and found["answer"][0] == 1.0
 
 
 @pytest.mark.parametrize(
