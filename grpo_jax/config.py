@@ -209,6 +209,15 @@ class RewardModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelJudgeConfig:
+    """A judge inside the step: a generative model that returns {analysis, correctness} as JSON, drawn greedily."""
+
+    path: str = option("", "folder of a model with the policy's tokenizer; it does not learn")
+    prompt: str = option("", "file with another prompt, in which {prompt}, {answer}, {completion} are filled in")
+    max_new_tokens: int = option(128, "tokens that a verdict may have")
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What a completion earns: the weighted sum of its components."""
 
@@ -232,6 +241,7 @@ class RewardsConfig:
     code: CodeConfig = option(CodeConfig(), "of the reward 'code'")
     helpful: RewardModelConfig = option(RewardModelConfig(sees="summary"), "of the reward 'helpful'")
     harmless: RewardModelConfig = option(RewardModelConfig(), "of the reward 'harmless'")
+    model_judge: ModelJudgeConfig = option(ModelJudgeConfig(), "of the reward 'model_judge'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -705,7 +715,18 @@ def validate(config: Config, source: str = "config") -> None:
         require(bool(section.marker), f"rewards.{name}.marker", "is empty: name what ends the thought")
         fits = section.micro_batch_size == 0 or section.micro_batch_size > 0 == rows % section.micro_batch_size
         require(fits, f"rewards.{name}.micro_batch_size", f"must be 0 or divide the {rows} completions")
-    for name in ("reward_model.steps", "reward_model.batch_size", "reward_model.max_length"):
+    named = "model_judge" in c.rewards.names
+    require(
+        not named or bool(c.rewards.model_judge.path),
+        "rewards.model_judge.path",
+        "is empty, and rewards.names has 'model_judge'",
+    )
+    for name in (
+        "rewards.model_judge.max_new_tokens",
+        "reward_model.steps",
+        "reward_model.batch_size",
+        "reward_model.max_length",
+    ):
         require(value_of(c, name) > 0, name, "must be positive")
     require(c.reward_model.lr >= 0, "reward_model.lr", "must not be negative")
     for name in ("rewards.code.seconds", "rewards.code.output_kb"):

@@ -841,6 +841,35 @@ def given_to(parts, prompts, model):
     return initial_state(parts, model), batch
 
 
+@flips("rewards.model_judge.path", "rewards.model_judge.prompt", "rewards.model_judge.max_new_tokens")
+def test_model_judge(model, tmp_path, name):
+    """The field changes the ids around the completion, the sampler, or the variables."""
+    (tmp_path / "prompt.txt").write_text("1+{completion}")
+    other = tmp_path / "other"
+    write_folder(str(other), model.architecture, jax.tree.map(lambda x: 2 * x, model.params), model.tokenizer)
+    default = {"path": model.source, "prompt": "", "max_new_tokens": 3}
+    flipped = {"path": str(other), "prompt": str(tmp_path / "prompt.txt"), "max_new_tokens": 5}
+    leaf, made = name.rpartition(".")[2], []
+    for value in (default[leaf], flipped[leaf]):
+        fields = {f"rewards.model_judge.{at}": x for at, x in {**default, leaf: value}.items()}
+        given = {"rewards.names": ("model_judge",), "rewards.weights": (1.0,), **fields}
+        parts, prompts, _ = prepared(model, **given)
+        judge = parts.scorer.models["model_judge"]
+        variables = initial_state(parts, model).frozen[COLLECTION]["model_judge"]["params"]
+        assert prompts.columns["model_judge"].shape[0] == len(prompts.rows)
+        made.append(
+            (
+                judge.columns["model_judge"].shape,
+                judge.sampler.max_new_tokens,
+                float(variables["embed"]["embedding"][0, 0]),
+            )
+        )
+    differ = [a != b for a, b in zip(*made, strict=True)]
+    assert differ == [leaf == "prompt", leaf == "max_new_tokens", leaf == "path"]
+    with pytest.raises(InputError, match="rewards.model_judge.path='' is empty"):
+        tiny.config(**{"rewards.names": ("model_judge",), "rewards.weights": (1.0,)})
+
+
 PREFERENCES = [{"prompt": "1+1=", "chosen": "2", "rejected": str(wrong)} for wrong in (1, 3, 4, 5)]
 
 

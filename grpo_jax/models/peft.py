@@ -129,7 +129,7 @@ def _part(a: np.ndarray, b: np.ndarray, rows: np.ndarray | None, rank: int) -> t
     if rows is not None and b.ndim == 2 and rows.max() < len(b):
         b = b[rows]
     if a.ndim == b.ndim == 2 and len(a) == b.shape[1] > rank and len(a) % rank == 0:
-        blocks = b.reshape(len(b), -1, rank).any(axis=(0, 2)).nonzero()[0]
+        blocks = np.flatnonzero(np.any(b.reshape(len(b), -1, rank), axis=(0, 2)))
         if len(blocks) <= 1:
             at = slice(int(blocks[0]) * rank, (int(blocks[0]) + 1) * rank) if len(blocks) else slice(0, rank)
             a, b = a[at], b[:, at]
@@ -161,7 +161,7 @@ def _checked_config(path: pathlib.Path) -> dict[str, Any]:
                 f"{path}: {name}={value!r} is an unknown field, which may change the computation: remove it if it does "
                 "not"
             )
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    rank, alpha = fields.get("r", 0), fields.get("lora_alpha", 0)
     for name, value in (("r", rank), ("lora_alpha", alpha)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e6:
             raise InputError(f"{path}: {name}={value!r} must be a positive number: mend it")

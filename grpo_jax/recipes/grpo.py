@@ -37,6 +37,7 @@ from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
 from grpo_jax.recipes.sft import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
+from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
 from grpo_jax.rewards.reward_model import load_reward_variables, open_reward_models
 from grpo_jax.rewards.scorer import RewardPools, build_scorer
 from grpo_jax.sampler.stops import stop_table
@@ -225,7 +226,7 @@ def prepare(
             dict(rewards) if rewards else None,
             pools,
             progress[split],
-            models,
+            models | judges(config, tokenizer, rows[split], mesh),
         )
         scorers[split] = scorer
         sets[split] = build_prompt_set(
@@ -252,6 +253,14 @@ def prepare(
         stop_table(config.sampler.stop, token_bytes),
     )
     return parts, sets["train"], Evaluator(parts, sets["eval"], scorers["eval"], tokenizer)
+
+
+def judges(config: Config, tokenizer: Tokenizer, rows: list[dict], mesh: Mesh) -> dict[str, ModelJudge]:
+    """The judge in the program, where the config names one; it reads the dataset's rows."""
+    if "model_judge" not in config.rewards.names:
+        return {}
+    given = (config.rewards.model_judge, config.model, config.text, tokenizer, rows, mesh)
+    return {"model_judge": open_model_judge(*given)}
 
 
 def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:

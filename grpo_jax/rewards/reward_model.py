@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,10 +24,10 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.parallel import place
 from grpo_jax.rewards.verifiers import ByteTable, completion_bytes
 from grpo_jax.sampler.sample import left_positions
-from grpo_jax.sampler.types import Rollout
+from grpo_jax.sampler.types import Prompts, Rollout
 from grpo_jax.text import Tokenizer
 
-MODEL_REWARDS = ("helpful", "harmless")
+MODEL_REWARDS = ("helpful", "harmless", "model_judge")
 COLLECTION = "rewards"  # of the step's frozen variables: {name: {"params": ..., "score": ...}}
 
 
@@ -37,13 +38,22 @@ class RewardModel:
     Attributes:
       config: what it sees.
       module: its decoder.
+      columns: what it reads of each dataset row: nothing.
     """
 
     config: RewardModelConfig
     module: DecoderModule
 
-    def score(self, variables: Mapping[str, Any], table: ByteTable, rollout: Rollout) -> Float[Array, "B"]:
-        """The head's number at the last token that it sees."""
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def score(
+        self, variables: Mapping[str, Any], table: ByteTable, prompts: Prompts, rollout: Rollout
+    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        """The head's number at the last token that it sees, and ones: it applies to every completion."""
+        score = self._scores(variables, table, rollout)
+        return score, jnp.ones_like(score)
+
+    def _scores(self, variables: Mapping[str, Any], table: ByteTable, rollout: Rollout) -> Float[Array, "B"]:
         seen = jnp.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
         if self.config.sees == "summary":
             seen &= after_marker(table, rollout.tokens, rollout.lengths, self.config.marker.encode())
@@ -133,8 +143,11 @@ def open_reward_models(
 
 
 def load_reward_variables(config: RewardsConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """The variables of a config's reward models on the mesh, in the dtype that they compute in; empty without any."""
-    made = {}
+    """The variables of a config's models on the mesh, in the dtype that they compute in; empty without any."""
+    made: dict[str, Any] = {}
+    if "model_judge" in config.names:
+        params = load_model(config.model_judge.path).params
+        made["model_judge"] = {"params": place(params, mesh, jnp.dtype(model.compute_dtype))}
     for name, section in used_models(config).items():
         loaded = load_model(section.path)
         head = load_head(section.path, loaded.architecture.width)

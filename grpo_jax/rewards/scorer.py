@@ -19,6 +19,7 @@ from grpo_jax.rewards import judge, languages, mathematics
 from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.host import HostRewards, Progress
 from grpo_jax.rewards.letters import SCRIPTS
+from grpo_jax.rewards.model_judge import ModelJudge
 from grpo_jax.rewards.pool import Pool, Pooled
 from grpo_jax.rewards.reward_model import MODEL_REWARDS, RewardModel
 from grpo_jax.rewards.texts import choice_letter, expected_text, last_number
@@ -49,10 +50,10 @@ class Scorer:
       table: bytes of each token.
       host: the components that are ordinary Python; None when all are in-graph.
       mesh: the mesh that scoring programs run on.
-      answers: answer_bytes and answer_lengths of every dataset row; empty when no component reads them.
+      answers: answer_bytes and answer_lengths of every dataset row, and what a judge reads; empty when nothing does.
       functions: the in-graph components by name.
       pools: the worker processes of host components.
-      models: the components that are reward models; their variables come with each call.
+      models: the components that are models; their variables come with each call.
     """
 
     names: tuple[str, ...]
@@ -63,7 +64,7 @@ class Scorer:
     answers: Mapping[str, np.ndarray]
     functions: Mapping[str, Verifier] = dataclasses.field(default_factory=dict)
     pools: "RewardPools | None" = None
-    models: Mapping[str, RewardModel] = dataclasses.field(default_factory=dict)
+    models: Mapping[str, RewardModel | ModelJudge] = dataclasses.field(default_factory=dict)
 
     def columns(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """`Prompts.columns` of the dataset rows with these numbers; widths are those of the whole dataset."""
@@ -117,8 +118,7 @@ class Scorer:
             if name not in self.models:
                 return self.functions[name](text, n, columns)
             assert variables is not None, name
-            score = self.models[name].score(variables[name], self.table, rollout)
-            return score, jnp.ones_like(score)
+            return self.models[name].score(variables[name], self.table, prompts, rollout)
 
         scores, valids = zip(*map(one, names), strict=True)
         return jnp.stack(scores, axis=1), jnp.stack(valids, axis=1)
@@ -213,7 +213,7 @@ def build_scorer(
     callables: dict[str, Callable[..., Any]] | None = None,
     pools: RewardPools | None = None,
     progress: Progress | None = None,
-    models: Mapping[str, RewardModel] | None = None,
+    models: Mapping[str, RewardModel | ModelJudge] | None = None,
 ) -> Scorer:
     """The scorer of a config; raises InputError for unknown names, unreadable functions and rows without an answer.
 
@@ -243,6 +243,7 @@ def build_scorer(
     in_graph = [name for name in config.names if name not in functions and name not in MODEL_REWARDS]
     check_in_graph(config, in_graph)
     needing = [name for name in in_graph if name in NEED_ANSWER]
+    held = {name: values for model in (models or {}).values() for name, values in model.columns.items()}
     host = HostRewards(functions, rows, decode, config.timeout, config.on_error, pools.own, progress)
     return Scorer(
         names=config.names,
@@ -250,7 +251,7 @@ def build_scorer(
         table=byte_table(tokenizer_bytes),
         host=host if functions else None,
         mesh=mesh,
-        answers=answer_columns(rows, needing) if needing else {},
+        answers=(answer_columns(rows, needing) if needing else {}) | held,
         functions={name: verifier(name, config) for name in in_graph},
         pools=pools if functions else None,
         models=models or {},
