@@ -27,7 +27,7 @@ def get_config():
     c.rewards.weights = (1.0, 0.1)
     c.objective.micro_batch_size = 8
     c.cold_start.enabled = True
-    c.cold_start.prompts = 32
+    c.cold_start.prompts = 96
     c.cold_start.rows = 24
     c.cold_start.system_prompt = "Answer briefly."
     c.cold_start.sft.steps = 12
