@@ -128,7 +128,7 @@ def test_a_dry_run_shows_the_arithmetic_and_compiles_nothing(capsys, tmp_path, m
     assert not err and counter.compiles == 0 and not list(tmp_path.iterdir())
     wanted = f"{made.data.prompts_per_step} prompts x {made.sampler.group_size} = {made.completions} completions a step"
     assert wanted in out and f"{made.train.steps} steps" in out
-    assert f"{minibatch // b.micro_batch_size} micro-batches of {b.micro_batch_size} each" in out
+    assert f"{b.minibatches} minibatches of {minibatch} completions, gradient passes over" in out
     assert "stack_0/attention/query/kernel" in out and "held out" in out
     # The number of parameters by hand: embedding, norms, attention, gated MLP; tied.
     d, f, layers, q, k, v = (128, 512, 4, 128, 64, 96) if name != "smollm2_sums" else (576, 1536, 30, 576, 192, 49152)
