@@ -6,6 +6,7 @@ each completion is a group of its own.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,7 @@ def pack_shape(config: Config, parts: int) -> PackShape:
     """The shape that a config asks for."""
     shared, size = config.train.share_prefix, config.sampler.group_size
     group = size if shared else 1
-    rows = (config.objective.micro_batch_size or group * parts) // parts
+    rows = max(math.ceil(config.objective.micro_batch_size / parts), group)
     return PackShape(parts, group, rows, config.train.pack_prompts or (rows // group if shared else 4 * rows), shared)
 
 

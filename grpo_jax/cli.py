@@ -15,7 +15,6 @@ from ml_collections import config_flags
 
 from grpo_jax import config as configs
 from grpo_jax.errors import InputError
-from grpo_jax.models.hub import cache_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -332,20 +331,9 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, con
 
 
 def _set_up_jax(config: configs.Config) -> None:
-    """Process-wide settings: the allocator, and the compilation cache where the environment has not named one."""
-    import jax
+    from grpo_jax.parallel import set_up_process
 
-    from grpo_jax.parallel import keep_host_memory
-
-    keep_host_memory()
-    folder = config.log.compilation_cache
-    if folder == "auto" and jax.config.values["jax_compilation_cache_dir"]:
-        return
-    if folder == "auto":
-        folder = str(cache_folder() / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder or None)
-    if folder:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    set_up_process(config.log.compilation_cache)
 
 
 def _version() -> str:

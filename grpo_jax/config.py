@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import types
@@ -327,8 +328,8 @@ class ObjectiveConfig:
     minibatches: int = option(1, "optimizer updates an epoch")
     micro_batch_size: int = option(
         0,
-        "completions of full length in one gradient pass, more where they are shorter; 0: a group on each device, or a "
-        "completion where prompts are not shared",
+        "completions of full length in one gradient pass, more where they are shorter; at least a group on each device, "
+        "or a completion where prompts are not shared",
     )
     reference_every: int = option(0, "steps after which the reference becomes the policy; 0: never")
     outer_iterations: int = option(
@@ -832,12 +833,6 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
         f"must divide the {count} {what} of a step"
         + (", or set train.share_prefix=False: minibatches are then made of completions" * c.train.share_prefix),
     )
-    require(
-        o.micro_batch_size == 0 or not c.train.share_prefix or o.micro_batch_size >= c.sampler.group_size,
-        "objective.micro_batch_size",
-        f"must be 0 or at least sampler.group_size={c.sampler.group_size}: groups share their prompt in a gradient "
-        "pass; or set train.share_prefix=False",
-    )
 
 
 def _validate_loss(o: ObjectiveConfig, require: Callable[[bool, str, str], None]) -> None:
@@ -917,3 +912,9 @@ def load_config_module(path: pathlib.Path) -> types.ModuleType:
     if not hasattr(module, "get_config"):
         raise InputError(f"{path}: has no get_config(); it must return an ml_collections.ConfigDict")
     return module
+
+
+def cache_folder() -> pathlib.Path:
+    """Where this package keeps what it has fetched or compiled: $XDG_CACHE_HOME/grpo_jax."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(root) / "grpo_jax"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.config import Config, MeshConfig
+from grpo_jax.config import Config, MeshConfig, cache_folder
 from grpo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,13 +69,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             raise InputError(
                 f"config: {name}.sft.batch_size={rows} must divide by the {shards} devices of mesh.data x mesh.fsdp"
             )
-    micro, shared, group = config.objective.micro_batch_size, config.train.share_prefix, config.sampler.group_size
-    if micro % shards or (shared and micro and micro // shards < group):
-        least = f", with {group} completions of a group on each" * shared
-        raise InputError(
-            f"config: objective.micro_batch_size={micro} must divide by the {shards} devices of mesh.data x "
-            f"mesh.fsdp{least}; or leave it 0"
-        )
+    shared = config.train.share_prefix
     parts, what = (prompts, "prompts") if shared else (config.completions, "completions")
     if parts // shards % config.objective.minibatches:
         raise InputError(
@@ -160,6 +154,20 @@ def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
         return variables
     drop = ("fsdp",) if sampling == "tensor" else ("fsdp", "tensor")
     return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, drop))
+
+
+def set_up_process(compilation_cache: str) -> None:
+    """Process-wide settings of a run: the allocator, and the persistent compilation cache.
+
+    `compilation_cache` is a folder, '' for none, or 'auto': the user's cache folder, unless jax was told of one.
+    """
+    keep_host_memory()
+    if compilation_cache == "auto" and jax.config.values["jax_compilation_cache_dir"]:
+        return
+    folder = str(cache_folder() / "compiled") if compilation_cache == "auto" else compilation_cache
+    jax.config.update("jax_compilation_cache_dir", folder or None)
+    if folder:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def keep_host_memory() -> None:

