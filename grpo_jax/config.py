@@ -328,8 +328,8 @@ class ObjectiveConfig:
     minibatches: int = option(1, "optimizer updates an epoch")
     micro_batch_size: int = option(
         0,
-        "completions of full length in one gradient pass, more where they are shorter; at least a group on each device, "
-        "or a completion where prompts are not shared",
+        "completions of full length in one gradient pass, more where they are shorter; at least a group on each "
+        "device, or a completion where prompts are not shared",
     )
     reference_every: int = option(0, "steps after which the reference becomes the policy; 0: never")
     outer_iterations: int = option(

@@ -246,7 +246,7 @@ def other_model_type(model: pathlib.Path) -> None:
         (larger_tokenizer, ("model: the tokenizer has", "the embedding", "use the tokenizer that the weights")),
         (no_tokenizer, ("model: holds neither tokenizer.json nor tokenizer.model: copy it there",)),
         (no_config, ("model/config.json: cannot be read", "give a complete Hugging Face folder")),
-        (other_model_type, ("model/config.json: model_type='mamba' is not supported: use a model with",)),
+        (other_model_type, ("model/config.json: model_type='mamba' is not supported: use one of llama, mistral",)),
     ],
     ids=lambda x: x.__name__ if callable(x) else "",
 )

@@ -105,7 +105,7 @@ POSITIVE = (
     "objective.sapo_temperature_neg objective.outer_iterations rewards.repetition_ngram rewards.math_timeout "
     "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
     "data.pool_factor dpo.steps dpo.batch_size dpo.max_length dpo.beta rewards.code.seconds "
-    "rewards.code.output_kb lora.alpha reward_model.steps "
+    "rewards.code.output_kb lora.alpha reward_model.steps rewards.model_judge.max_new_tokens "
     "reward_model.batch_size reward_model.max_length"
 ).split()
 NOT_NEGATIVE = (
@@ -144,6 +144,10 @@ def test_must_not_be_negative(name):
         ({"sampler.top_p": 1.5}, "sampler.top_p=1.5 must be above 0 and at most 1"),
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
+        (
+            {"rewards.names": ("model_judge",), "rewards.weights": (1.0,), "rewards.model_judge.path": ""},
+            "rewards.model_judge.path='' is empty, and rewards.names has 'model_judge'",
+        ),
         ({"eval.top_p": 0.0}, "eval.top_p=0.0 must be above 0 and at most 1"),
         (
             {"ppo.critic": "model", "objective.baseline": "value", "lora.rank": 4},

@@ -167,6 +167,12 @@ class StoredLeaf:
             out[at] = self._read(tuple(r[i] for r, i in zip(lead, at, strict=True)), rest)
         return out
 
+    def check(self) -> None:
+        """Reads all of it, a layer at a time; raises InputError where it cannot be read or is not finite."""
+        whole = tuple(slice(0, size) for size in self.shape[len(self._lead) :])
+        for place in np.ndindex(*self._lead):
+            self._read(place, whole)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self[tuple(slice(0, size) for size in self.shape)]
         return whole if dtype is None else whole.astype(dtype, copy=False)

@@ -29,6 +29,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
+from grpo_jax.models.weights import StoredLeaf
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, set_up_process, shardings
 from grpo_jax.recipes.base import make_base
@@ -172,6 +173,10 @@ def check_inputs(
         return None
     model = with_end_tokens(load_model(config.model.path, keep_adapters=config.lora.rank > 0), config)
     prepare(config, model, rows, mesh, rewards)
+    if jax.process_count() == 1:  # of many hosts each reads its own share, later
+        for leaf in jax.tree.leaves(model.params):
+            if isinstance(leaf, StoredLeaf):
+                leaf.check()
     return model
 
 
