@@ -16,7 +16,7 @@ from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampler.draw import draw_tokens, row_noise, truncate
 from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.stops import stop_table
-from grpo_jax.step import EVALUATION, TRAINING, noise_key, occupancy
+from grpo_jax.step import EVALUATION, TRAINING, draw_completions, noise_key, occupancy
 
 ARCHITECTURE = tiny.architecture()
 PARAMS = tiny.params(ARCHITECTURE)
@@ -365,3 +365,24 @@ def test_slots_are_as_busy_as_on_a_first_come_schedule():
     last = rollout.started.max()  # until then completions wait
     held = np.minimum(rollout.started + rollout.lengths - 1, last) - rollout.started
     assert held.sum() / (last * 16) >= 0.95
+
+
+def test_slots_of_each_device_refill_from_its_own_completions():
+    config = tiny.config(**{"mesh.data": 4, "data.prompts_per_step": 8, "sampler.slots": 8})
+    plain = tiny.config(**{"mesh.data": 4, "data.prompts_per_step": 8})
+    drawn = []
+    for c in (config, plain):
+        parts = bigram.parts(c)
+        prompts = tiny.on_mesh(tiny.prompts(c), parts.mesh)
+        run = jax.jit(
+            lambda prompts, parts=parts: draw_completions(
+                parts, {"params": bigram.params()}, prompts, KEY, parts.config.sampler
+            )
+        )
+        drawn.append(run(prompts))
+    refilled, want = drawn
+    assert len(refilled.tokens.sharding.device_set) == 4 and not refilled.tokens.sharding.is_fully_replicated
+    refilled, want = jax.device_get((refilled, want))
+    for name in ("tokens", "lengths", "logps", "ended", "draw", "group"):
+        np.testing.assert_array_equal(getattr(refilled, name), getattr(want, name), err_msg=name)
+    assert refilled.started.any() and not want.started.any()
