@@ -199,10 +199,10 @@ def test_a_full_first_round_is_the_plain_step():
 def test_a_factor_of_one_is_the_program_without_a_pool():
     parts, program = program_of(1)
     text = str(program.fused.trace(state_of(parts), pool_of(parts, [ALL])).jaxpr)
-    assert text.count("while[") == 1, "the decode loop alone"
+    assert text.count("while[") == 2, "decoding and packs alone"
     parts, program = program_of()
     text = str(program.fused.trace(state_of(parts), pool_of(parts, [ALL] * FACTOR)).jaxpr)
-    assert text.count("while[") >= 2
+    assert text.count("while[") >= 3
 
 
 @pytest.mark.parametrize("other", [{"mode": "staged"}, {"data": 4}], ids=["staged", "4 devices"])
@@ -248,10 +248,10 @@ class Judge:
 @pytest.mark.parametrize(("mode", "data"), [("fused", 2), pytest.param("staged", 1, marks=pytest.mark.slow)])
 def test_host_rewards_inside_the_loop(mode, data):
     config = tiny.config(
-        **{**FIELDS, "data.pool_factor": 2, "rewards.names": ("judge",), "step.mode": mode, "mesh.data": data}
+        **{**FIELDS, "data.pool_factor": 2, "rewards.names": ("referee",), "step.mode": mode, "mesh.data": data}
     )
     judge = Judge()
-    parts = bigram.parts(config, callables={"judge": judge})
+    parts = bigram.parts(config, callables={"referee": judge})
     program = Program(parts, state_of(parts))
     pool = tiny.prompts(dataclasses.replace(config, data=dataclasses.replace(config.data, prompts_per_step=8)))
     _, metrics, rollout = jax.device_get(program(state_of(parts), tiny.on_mesh(pool, parts.mesh)))
