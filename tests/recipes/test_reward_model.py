@@ -165,7 +165,7 @@ def test_the_folder_is_a_model_with_a_head(trained, policy):
     _, made, _ = trained
     loaded = load_model(made)
     before, after = (jax.tree.leaves(model.params) for model in (load_model(policy), loaded))
-    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
     assert np.abs(load_head(made, 16)["kernel"]).max() > 0
     rewards = from_dict({"rewards": {"names": ("helpful",), "weights": (1.0,), "helpful": {"path": made}}}).rewards
     given = load_reward_variables(rewards, ModelConfig(), make_mesh(MeshConfig(data=1), jax.devices()[:1]))[COLLECTION][
