@@ -60,7 +60,7 @@ class Start:
 
     def fit(self, config, sft, module, collections, examples, mesh, workdir, stop, terminal, name, about):
         self.learned.append((sft, examples))
-        return jax.tree.map(lambda x: x + 1, collections[0])
+        return jax.tree.map(lambda x: np.asarray(x) + 1, collections[0])
 
     def run(self, workdir) -> str:
         with Stop(None) as stop:
@@ -140,7 +140,9 @@ def test_a_finished_cold_start_is_not_made_again(start, tmp_path):
     folder = start.run(tmp_path)
     before = load_model(start.config.model.path).params
     after = load_model(folder).params
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a + 1, b), before, after)))
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a) + 1, np.asarray(b)), before, after))
+    )
     assert start.run(tmp_path) == folder
     assert len(start.asked) == len(start.learned) == 1
 

@@ -82,7 +82,9 @@ def test_metrics(micro_run):
         assert line["reward/total"] == pytest.approx(line["reward/answer_format"] / 2)
         assert line["solve_rate"] == pytest.approx(line["reward/answer_format"])
         assert 0 <= line["sampler_gap/mean"] <= line["sampler_gap/max"] < 1e-5
-        assert ("length/right" in line) == (line["solve_rate"] > 0) and "length/wrong" in line
+        assert ("length/right" in line) == (line["solve_rate"] > 0) and ("length/wrong" in line) == (
+            line["solve_rate"] < 1
+        )
         assert line["groups/all_right"] + line["groups/all_wrong"] <= 2
         assert line["seconds/step"] > 0 and line["tokens_per_second"] > 0 and line["skipped"] == 0
         assert ("eval/pass@1" in line) == (line["step"] in (3, 6))
