@@ -59,6 +59,9 @@ def test_verdicts_are_read_as_their_text_twin_reads_them():
         "{" * chance.randint(0, 1) + "".join(chance.choices(PIECES, k=chance.randint(0, 9))) for _ in range(2000)
     ]
     texts += ['{"correctness"' + "".join(chance.choices(PIECES[2:12], k=chance.randint(1, 5))) for _ in range(2000)]
+    texts += [
+        f'{{"analysis": "{chance.random()}", "correctness": {chance.choice(("true", "false"))}}}' for _ in range(300)
+    ]
     width = max(map(len, texts))
     padded = np.zeros((len(texts), width), np.uint8)
     for row, text in zip(padded, texts, strict=True):
