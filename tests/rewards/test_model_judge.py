@@ -160,7 +160,7 @@ def test_scores_in_the_program_are_those_of_judging_each_completion_on_the_host(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     place = tmp_path_factory.mktemp("judge")
-    train_sentencepiece([PROMPT, "one two three"], 150, (), str(place / "tokenizer.model"))
+    train_sentencepiece([PROMPT, "one two three ask right said done 3"], 150, (), str(place / "tokenizer.model"))
     tokenizer = Tokenizer.from_sentencepiece(str(place / "tokenizer.model"))
     architecture = tiny.architecture(vocabulary=tokenizer.vocabulary, layers=1)
     write_folder(str(place / "model"), architecture, tiny.params(architecture), tokenizer)
