@@ -846,7 +846,8 @@ def test_model_judge(model, tmp_path, name):
     """The field changes the ids around the completion, the sampler, or the variables."""
     (tmp_path / "prompt.txt").write_text("1+{completion}")
     other = tmp_path / "other"
-    write_folder(str(other), model.architecture, jax.tree.map(lambda x: 2 * np.asarray(x), model.params), model.tokenizer)
+    doubled = jax.tree.map(lambda x: 2 * np.asarray(x), model.params)
+    write_folder(str(other), model.architecture, doubled, model.tokenizer)
     default = {"path": model.source, "prompt": "", "max_new_tokens": 3}
     flipped = {"path": str(other), "prompt": str(tmp_path / "prompt.txt"), "max_new_tokens": 5}
     leaf, made = name.rpartition(".")[2], []
