@@ -313,9 +313,6 @@ class ObjectiveConfig:
         "the batch (GDPO)",
         ("sum_then_normalize", "normalize_then_sum"),
     )
-    overlong_cache: int = option(
-        0, "the last so many tokens of the length budget cost up to 1 of reward, linearly (DAPO); 0: off"
-    )
     correction: str = option(
         "none",
         "importance weight of the training law over the sampling law, by token or sequence, held in bounds "
@@ -687,7 +684,7 @@ def validate(config: Config, source: str = "config") -> None:
         "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
         "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
-        "objective.overlong_cache objective.correction_max objective.correction_min objective.vespo_k_pos "
+        "objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
         "dpo.lr optim.routing_bias_rate rewards.workers rewards.length_budget "
         "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second"
@@ -807,11 +804,6 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
         not lone or o.scale_rewards != "group",
         "objective.scale_rewards",
         f"needs the group's mean as objective.baseline, not {o.baseline!r}: take batch or none",
-    )
-    require(
-        o.overlong_cache <= c.sampler.max_new_tokens,
-        "objective.overlong_cache",
-        f"is more than sampler.max_new_tokens={c.sampler.max_new_tokens}",
     )
     for name in ("objective.reference_every", "objective.outer_iterations"):
         off = value_of(Config(), name)

@@ -27,7 +27,7 @@ from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.models.value import init_value, read_values, without_value
-from grpo_jax.ops.advantages import advantages, overlong_penalty
+from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.gae import explained_variance, gae, token_rewards, value_losses, whiten
 from grpo_jax.ops.logprobs import token_logps
@@ -230,10 +230,6 @@ def token_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Floa
     """
     group, o = parts.config.sampler.group_size, parts.config.objective
     values, valid, weights = scores.values, scores.valid, parts.scorer.weights
-    if o.overlong_cache:
-        applies = jnp.any(valid != 0, axis=1, keepdims=True).astype(valid.dtype)
-        values = jnp.concatenate([values, overlong_rewards(parts, rollout)[:, None]], axis=1)
-        valid, weights = jnp.concatenate([valid, applies], axis=1), (*weights, 1.0)
     if scores.step_rewards is None or scores.step_ends is None:
         by_row = advantages(values, group, o, rollout.weight, component_weights=weights, valid=valid)
         return by_row[:, None]
@@ -243,18 +239,6 @@ def token_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Floa
         rewards = rewards + last * jnp.sum(values * valid * jnp.asarray(weights, values.dtype), axis=1, keepdims=True)
         ends = jnp.maximum(ends, last)
     return advantages(rewards, group, o, rollout.weight, step_ends=ends)
-
-
-def overlong_rewards(parts: StepParts, rollout: Rollout) -> Float[Array, "B"]:
-    """The soft penalty of completions that come near the length budget."""
-    return overlong_penalty(rollout.lengths, rollout.tokens.shape[1], parts.config.objective.overlong_cache)
-
-
-def outcome_rewards(parts: StepParts, rollout: Rollout) -> Float[Array, "B"]:
-    """The weighted components of a scored rollout, and the penalty of its length."""
-    assert rollout.scores is not None
-    total = parts.scorer.total(rollout.scores)
-    return total + overlong_rewards(parts, rollout) if parts.config.objective.overlong_cache else total
 
 
 def fill_batch(parts: StepParts, state: TrainState, pool: Prompts) -> tuple[Rollout, "Drawn"]:
@@ -451,7 +435,7 @@ def add_gae(
     if ppo.kl_in_reward:
         assert pieces.ref_logps is not None
         penalty = parts.config.objective.beta * (rollout.logps - join(pieces.ref_logps))
-    rewards = token_rewards(outcome_rewards(parts, rollout), mask, penalty)
+    rewards = token_rewards(parts.scorer.total(scores), mask, penalty)
     if scores.step_rewards is not None:
         rewards = rewards + masked_select(scores.step_rewards, mask)
     advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)
@@ -593,7 +577,7 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
     lengths = rollout.lengths.astype(jnp.float32)
     tokens = jnp.sum(lengths * weight)
     means: Means = {
-        "reward/total": (jnp.sum(outcome_rewards(parts, rollout) * weight), rows),
+        "reward/total": (jnp.sum(parts.scorer.total(scores) * weight), rows),
         "solve_rate": (jnp.sum(right), rows),
         "groups/all_right": (jnp.sum((by_group == real) & (real > 0)) * 1.0, 1.0),
         "groups/all_wrong": (jnp.sum((by_group == 0) & (real > 0)) * 1.0, 1.0),
@@ -605,8 +589,6 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
         "occupancy": occupancy(rollout, parts.config.sampler.slots),
         "tokens": (tokens, 1.0),
     }
-    if parts.config.objective.overlong_cache:
-        means["reward/overlong"] = (jnp.sum(overlong_rewards(parts, rollout) * weight), rows)
     for c, name in enumerate(parts.scorer.names):
         counted = scores.valid[:, c] * weight
         means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))

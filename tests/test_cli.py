@@ -88,7 +88,7 @@ def test_the_module_runs_as_the_installed_command_does(run_cli):
         (["train", "--config.optim.lrr=1"], "--config: unknown field optim.lrr; did you mean optim.lr?"),
         (["train", "--time_budget", "soon"], "train.time_budget='soon' is not a time such as 300s, 55m or 2h"),
         (["sft", "--dry_run"], "--dry_run: sft has no such option"),
-        (["sft"], "config: model.path='' names no model to fine-tune"),
+        (["sft"], "config: model.path='' names no model to train"),
         (["sft", "--config.model.path=nowhere"], "model.path='nowhere' does not exist: give a Hugging Face folder"),
         (
             ["sft", "--config.sft.batch_size=3", "--config.model.path=x"],

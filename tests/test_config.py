@@ -113,7 +113,7 @@ NOT_NEGATIVE = (
     "objective.advantage_epsilon optim.lr optim.clip_norm optim.warmup_steps optim.weight_decay "
     "optim.final_lr_fraction sampler.top_k sampler.slots eval.every eval.majority eval.temperature eval.alarm_drop "
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
-    "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef objective.overlong_cache "
+    "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef "
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
     "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second "
@@ -171,7 +171,6 @@ def test_must_not_be_negative(name):
             {"objective.baseline": "none", "objective.scale_rewards": "group"},
             "objective.scale_rewards='group' needs the group's mean as objective.baseline, not 'none'",
         ),
-        ({"objective.overlong_cache": 33}, "objective.overlong_cache=33 is more than sampler.max_new_tokens=32"),
         ({"objective.outer_iterations": 2}, "objective.outer_iterations=2 has no effect at objective.beta=0"),
         (
             {"objective.outer_iterations": 3, "objective.beta": 0.1},

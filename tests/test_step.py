@@ -21,7 +21,6 @@ from grpo_jax.step import (
     add_advantages,
     completion_logps,
     minibatch_gradient,
-    rollout_means,
     sample_rollout,
     score_rollout,
     update,
@@ -453,11 +452,10 @@ def test_sums_over_rows_and_a_quantile_of_the_rollout_are_the_same_on_eight_devi
         assert spread[2][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("mode", ["outcome", "overlong", "gdpo", "steps"])
+@pytest.mark.parametrize("mode", ["outcome", "gdpo", "steps"])
 def test_advantages_of_a_step(recorded, mode):
-    """From scores to advantages [B, T]: components, the penalty of long completions, rewards of steps."""
+    """From scores to advantages [B, T]: components, rewards of steps."""
     fields = {
-        "overlong": {"objective.overlong_cache": 4},
         "gdpo": {"objective.multi_objective_aggregation": "normalize_then_sum"},
     }.get(mode, {})
     config = tiny.config(**UPDATE, **fields)
@@ -471,9 +469,6 @@ def test_advantages_of_a_step(recorded, mode):
     compute = jax.jit(lambda rollout, scores: add_advantages(parts, rollout, scores).advantages)
     got = np.asarray(compute(recorded, scores))
     total = values @ weights
-    if mode == "overlong":
-        total = total - np.clip((recorded.lengths - 2) / 4, 0, 1)
-        assert len(set(recorded.lengths)) > 2
     real = recorded.weight.reshape(4, 4)[:, 0] > 0
     want = np.zeros((4, 4, 6))
     for n, group in enumerate(total.reshape(4, 4)):
@@ -498,18 +493,6 @@ def test_advantages_of_a_step(recorded, mode):
     want = want.reshape(16, 6) * mask
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert np.abs(want).max() > 0.3
-
-
-def test_the_penalty_of_long_completions_is_counted(recorded):
-    means = []
-    for fields in ({}, {"objective.overlong_cache": 4}):
-        parts = bigram.parts(tiny.config(**UPDATE, **fields))
-        means.append(divide(jax.device_get(jax.jit(functools.partial(rollout_means, parts))(recorded))))
-    plain, penalised = means
-    penalty = -np.clip((recorded.lengths[recorded.weight > 0] - 2) / 4, 0, 1).mean()
-    assert penalised["reward/overlong"] == pytest.approx(penalty, rel=1e-5) and penalty < -0.1
-    assert penalised["reward/total"] == pytest.approx(plain["reward/total"] + penalty, rel=1e-5)
-    assert "reward/overlong" not in plain
 
 
 def test_the_end_token_is_trained_on(recorded):

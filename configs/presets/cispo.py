@@ -19,14 +19,14 @@ def get_config():
     c.sampler.group_size = 16  # not stated
     c.sampler.max_new_tokens = 20_480  # not stated
     c.sampler.temperature = 1.0
-    c.rewards.names = ("answer",)
-    c.rewards.weights = (2.0,)  # as presets/dapo
+    c.rewards.names = ("answer", "overlong")  # the length penalty of DAPO
+    c.rewards.weights = (2.0, 1.0)  # as presets/dapo
+    c.rewards.overlong_cache = 4096
     c.objective.loss_type = "cispo"  # eq. 4, mean over tokens
     c.objective.cispo_max_ratio = 5.0  # the upper bound is tuned, its value not stated; 5 in arXiv 2510.13786
     c.objective.beta = 0.0  # no KL term
     c.objective.scale_rewards = "group"
     c.objective.advantage_epsilon = 0.0  # none in the formula
-    c.objective.overlong_cache = 4096  # the length penalty of DAPO
     c.objective.num_iterations = 1
     c.objective.minibatches = 16  # 16 rounds of off-policy updates a batch
     c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass

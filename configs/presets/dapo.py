@@ -19,8 +19,9 @@ def get_config():
     c.sampler.group_size = 16  # "we sample 16 responses for each prompt"
     c.sampler.max_new_tokens = 20_480  # 16,384 and 4,096 of soft punishment
     c.sampler.temperature = 1.0
-    c.rewards.names = ("answer",)
-    c.rewards.weights = (2.0,)  # eq. 7 has 1 and -1; a group's mean takes the shift off
+    c.rewards.names = ("answer", "overlong")
+    c.rewards.weights = (2.0, 1.0)  # eq. 7 has 1 and -1; a group's mean takes the shift off
+    c.rewards.overlong_cache = 4096  # eq. 13, soft overlong punishment
     c.objective.loss_type = "dapo"  # eq. 8, mean over tokens
     c.objective.epsilon = 0.2  # clip-higher
     c.objective.epsilon_high = 0.28
@@ -28,7 +29,6 @@ def get_config():
     c.objective.scale_rewards = "group"  # eq. 9
     c.objective.advantage_epsilon = 0.0  # none in the formula
     c.objective.mask_truncated = True  # overlong filtering, section 3.4
-    c.objective.overlong_cache = 4096  # eq. 13, soft overlong punishment
     c.objective.num_iterations = 1
     c.objective.minibatches = 16  # "16 gradient updates for each rollout step"
     c.train.share_prefix = False  # memory alone: one completion a device in a gradient pass

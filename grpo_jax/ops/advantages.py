@@ -46,11 +46,6 @@ def advantages(
     return _component_advantages(rewards, group_size, config, weight, component_weights, valid)
 
 
-def overlong_penalty(lengths: Float[Array, "B"], max_length: int, cache: int) -> Float[Array, "B"]:
-    """DAPO's soft overlong punishment, arXiv 2503.14476: 0 up to max_length - cache tokens, then down to -1."""
-    return -jnp.clip((lengths - (max_length - cache)) / cache, 0.0, 1.0)
-
-
 def group_statistics(
     rewards: Float[Array, "B"], group_size: int, weight: Float[Array, "B"] | None = None
 ) -> dict[str, Float[Array, "N"] | Bool[Array, "N"]]:

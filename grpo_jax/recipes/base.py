@@ -13,7 +13,8 @@ from grpo_jax.models.architecture import Architecture, llama
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.recipes.loop import Stop
-from grpo_jax.recipes.sft import Example, fine_tune, save_model
+from grpo_jax.recipes.sft import Example, fine_tune
+from grpo_jax.recipes.supervised import save_model
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_prompt, train_sentencepiece
 

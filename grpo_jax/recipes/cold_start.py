@@ -22,7 +22,8 @@ from grpo_jax.models.loading import LoadedModel
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
-from grpo_jax.recipes.sft import about_base, fit, put_variables, read_chats, save_adapters, save_model
+from grpo_jax.recipes.sft import fit, read_chats
+from grpo_jax.recipes.supervised import about_base, put_variables, save_adapters, save_model
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.step import StepParts
 from grpo_jax.terminal import Terminal

@@ -4,7 +4,7 @@ The reference is the model that the run starts from (with `lora.rank`, the base 
 made again when a run goes on.
 """
 
-import dataclasses
+import functools
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
@@ -17,25 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.config import Config, DpoConfig, TextConfig, parse_duration
-from grpo_jax.data.prompts import row_order
+from grpo_jax.config import Config, DpoConfig, TextConfig
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Mean, read_jsonl
-from grpo_jax.models.decoder import Decoder, DecoderModule
-from grpo_jax.models.loading import load_model
+from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.preference import dpo_losses, sequence_logps
-from grpo_jax.parallel import make_mesh, row_sharding
-from grpo_jax.recipes.loop import Stop, open_workdir
-from grpo_jax.recipes.sft import (
-    Example,
-    about_base,
-    descend,
-    put_variables,
-    save_trained,
-    sft_optim,
-    supervised_program,
-)
+from grpo_jax.parallel import row_sharding
+from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.sft import Example
+from grpo_jax.recipes.supervised import descend, drawn_rows, supervised_optim, supervised_program, train_on_rows
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
@@ -163,6 +154,7 @@ def prefer(
     workdir: pathlib.Path,
     stop: Stop,
     terminal: Terminal,
+    name: str,
     about: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
     """The trained collections after `dpo.steps` steps from `collections`, (trainable, frozen), the reference's too."""
@@ -174,15 +166,13 @@ def prefer(
         return dpo_loss(module, policy, start, batch, dpo, config.model.logits_chunk)
 
     def batch(step: int) -> PreferenceBatch:
-        draws = step * dpo.batch_size + np.arange(dpo.batch_size)
-        chosen = row_order(draws, len(pairs), config.seed, True)
-        made = make_preference_batch([pairs[i] for i in chosen], dpo.max_length)
-        return jax.device_put(made, row_sharding(mesh))
+        chosen = [pairs[i] for i in drawn_rows(config, dpo, step, len(pairs))]
+        return jax.device_put(make_preference_batch(chosen, dpo.max_length), row_sharding(mesh))
 
     reference = jax.tree.map(jnp.copy, trainable)  # buffers of its own: the state's are donated
     given = (trainable, (frozen, reference))
-    program = supervised_program(config, sft_optim(dpo), dpo.steps, loss, given, mesh)
-    return descend(config, dpo.steps, program, given, batch, workdir, stop, terminal, "dpo", about)
+    program = supervised_program(config, supervised_optim(dpo), dpo.steps, loss, given, mesh)
+    return descend(config, dpo.steps, program, given, batch, workdir, stop, terminal, name, about)
 
 
 def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
@@ -190,23 +180,5 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
 
     Raises InputError for bad input and Stopped when it was asked to end before its time.
     """
-    terminal = terminal or Terminal()
-    if not config.model.path:
-        raise InputError("config: model.path='' names no model to train")
-    mesh = make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.dpo.batch_size % shards:
-        raise InputError(f"config: dpo.batch_size={config.dpo.batch_size} must divide by the {shards} devices")
-    model = load_model(config.model.path, keep_adapters=config.lora.rank > 0)
-    tokenizer = model.tokenizer.with_end_tokens(config.text.end_tokens)
-    pairs = read_preferences(config.dpo.path, config.text, tokenizer, config.dpo.max_length)
-    open_workdir(workdir, config)
-    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
-    terminal.say(f"{len(pairs)} preferences, {config.dpo.batch_size} a step, {config.dpo.steps} steps")
-    with Stop(budget) as stop, terminal:
-        collections = put_variables(config, model, mesh)
-        given = (collections, pairs, mesh, workdir, stop, terminal, about_base(config, model))
-        trained = prefer(config, module, *given)
-    model = dataclasses.replace(model, tokenizer=tokenizer)
-    return save_trained(workdir, config, model, jax.device_get({**collections[1], **trained}))
+    train = functools.partial(prefer, config)
+    return train_on_rows(config, config.dpo, "dpo", read_preferences, train, workdir, terminal)

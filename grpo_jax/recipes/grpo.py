@@ -36,7 +36,7 @@ from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
-from grpo_jax.recipes.sft import about_base, save_adapters
+from grpo_jax.recipes.supervised import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
 from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
 from grpo_jax.rewards.reward_model import load_reward_variables, open_reward_models

@@ -1,6 +1,5 @@
 """Reward models: a scalar head on a decoder, trained by Bradley-Terry on pairs, or pointwise on labels."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,24 +8,28 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, LogConfig, OptimConfig, RewardModelTrainingConfig, TextConfig, parse_duration
-from grpo_jax.data.prompts import row_order
+from grpo_jax.config import Config, TextConfig
 from grpo_jax.errors import InputError
-from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide, read_jsonl, write_json_atomic
-from grpo_jax.models.decoder import Decoder, DecoderModule
+from grpo_jax.metrics import Fetcher, Mean, divide, read_jsonl, write_json_atomic
+from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.models.heads import init_head, save_head
 from grpo_jax.models.huggingface import write_folder
-from grpo_jax.models.loading import LoadedModel, load_model
+from grpo_jax.models.loading import LoadedModel
 from grpo_jax.ops.masked import safe_divide
-from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, shardings
-from grpo_jax.recipes.loop import Loop, Stop, open_workdir
-from grpo_jax.recipes.sft import written_whole
+from grpo_jax.parallel import make_mesh, place, row_sharding
+from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.supervised import (
+    descend,
+    drawn_rows,
+    open_model,
+    open_run,
+    supervised_optim,
+    supervised_program,
+    written_whole,
+)
 from grpo_jax.rewards.reward_model import sequence_scores
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
@@ -34,14 +37,6 @@ from grpo_jax.text import Tokenizer, encode_chat
 # Token ids of each answer (chosen before rejected; a point has one), and the label of a point (1 for pairs).
 Preference = tuple[list[list[int]], float]
 COLUMNS = "'prompt', 'chosen' and 'rejected', or 'prompt', 'completion' and 'label'"
-
-
-class RewardModelState(flax.struct.PyTreeNode):
-    """Variables {"params": decoder, "score": head} and optimizer state."""
-
-    step: Int[Array, ""]
-    variables: Any
-    opt_state: Any
 
 
 class PreferenceBatch(flax.struct.PyTreeNode):
@@ -142,11 +137,6 @@ def preference_loss(module: DecoderModule, variables: Any, batch: PreferenceBatc
     return safe_divide(total, count), means
 
 
-def training_optim(config: RewardModelTrainingConfig) -> OptimConfig:
-    """AdamW, a warm-up of a twentieth, then a cosine to a tenth of the peak."""
-    return OptimConfig(lr=config.lr, schedule="cosine", warmup_steps=config.steps // 20, final_lr_fraction=0.1)
-
-
 def measure(
     config: Config, module: DecoderModule, variables: Any, rows: Sequence[Preference], mesh: Mesh
 ) -> dict[str, float]:
@@ -180,53 +170,17 @@ def fit(
 ) -> Any:
     """Variables after `reward_model.steps` steps; checkpoints and metrics lie in `workdir`."""
     given = config.reward_model
-    optimizer = make_optimizer(training_optim(given), given.steps)
-    schedule = make_schedule(training_optim(given), given.steps)
 
-    def make(variables: Any) -> RewardModelState:
-        return RewardModelState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
-
-    def step(state: RewardModelState, batch: PreferenceBatch) -> tuple[RewardModelState, dict[str, Mean], None]:
-        with jax.default_matmul_precision(config.model.matmul_precision):
-            grad = jax.grad(lambda v: preference_loss(module, v, batch), has_aux=True)
-            gradient, means = grad(state.variables)
-        changes, opt_state = optimizer.update(gradient, state.opt_state, state.variables)
-        means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
-        changed = optax.apply_updates(state.variables, changes)
-        return RewardModelState(state.step + 1, changed, opt_state), means, None
-
-    shapes = jax.eval_shape(make, variables)
-    layout, split = shardings(shapes, mesh), row_sharding(mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-    program = jax.jit(
-        step, in_shardings=(layout, split), out_shardings=(layout, replicated(mesh), None), donate_argnums=0
-    )
+    def loss(variables: Any, _: Any, batch: PreferenceBatch) -> tuple[Array, dict[str, Mean]]:
+        return preference_loss(module, variables, batch)
 
     def batch(step: int) -> PreferenceBatch:
-        draws = step * given.batch_size + np.arange(given.batch_size)
-        chosen = [rows[i] for i in row_order(draws, len(rows), config.seed, True)]
-        return jax.device_put(make_preference_batch(chosen, given.batch_size, given.max_length), split)
+        chosen = [rows[i] for i in drawn_rows(config, given, step, len(rows))]
+        return jax.device_put(make_preference_batch(chosen, given.batch_size, given.max_length), row_sharding(mesh))
 
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, terminal.warn) as checkpoints:
-        restored = checkpoints.restore(abstract)
-        first = restored[2] if restored else 0
-        state = restored[0] if restored else jax.jit(make, out_shardings=layout)(variables)
-        if first == given.steps:
-            return state.variables
-        with terminal.compiling("the reward model"):
-            compiled = program.lower(abstract, batch(first)).compile()
-        fetch = Fetcher()
-        with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
-
-            def record(done: int, metrics: Any, _: Any, found: dict[str, float], seconds: float) -> None:
-                line = divide(fetch(metrics)) | {"seconds/step": seconds}
-                writer.step(done, line)
-                terminal.step(done, given.steps, line)
-
-            loop = Loop(given.steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop)
-            state = loop.run(state, first)
-        terminal.end_steps()
-        return state.variables
+    collections = (variables, {})
+    program = supervised_program(config, supervised_optim(given), given.steps, loss, collections, mesh)
+    return descend(config, given.steps, program, collections, batch, workdir, stop, terminal, "the reward model")
 
 
 def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
@@ -237,21 +191,15 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     """
     terminal = terminal or Terminal()
     given = config.reward_model
-    if not config.model.path:
-        raise InputError("config: model.path='' names no model to start from")
+    if config.lora.rank:
+        raise InputError(f"config: lora.rank={config.lora.rank}: a reward model is trained whole; set lora.rank=0")
     mesh = make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if given.batch_size % shards:
-        raise InputError(f"config: reward_model.batch_size={given.batch_size} must divide by the {shards} devices")
-    model = load_model(config.model.path)
-    model = dataclasses.replace(model, tokenizer=model.tokenizer.with_end_tokens(config.text.end_tokens))
+    model = open_model(config, given, "reward_model", mesh)
     rows, held = read_splits(config, model.tokenizer)
-    open_workdir(workdir, config)
-    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    module, stop = open_run(config, model, workdir)
     kind = "pairs" if len(rows[0][0]) == 2 else "points"
     terminal.say(f"{len(rows)} {kind}, {len(held)} held out; {given.batch_size} a step, {given.steps} steps")
-    with Stop(budget) as stop, terminal:
+    with stop, terminal:
         variables = {"params": model.params, "score": init_head(model.architecture.width)}
         variables = place(variables, mesh, jnp.float32)
         before = measure(config, module, variables, held, mesh)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies
 
 from grpo_jax.config import ObjectiveConfig
-from grpo_jax.ops.advantages import advantages, group_statistics, overlong_penalty
+from grpo_jax.ops.advantages import advantages, group_statistics
 
 CONVENTIONS = {
     "std_ddof1_eps1e-4": ObjectiveConfig(scale_rewards="group", advantage_epsilon=1e-4),
@@ -274,15 +274,6 @@ def test_one_step_at_the_end_is_outcome_supervision():
         got = advantages(rewards[:, None] * at_end, 3, estimator(name), step_ends=at_end)
         want = compute(rewards, 3, estimator(name))
         np.testing.assert_allclose(got, np.tile(np.asarray(want)[:, None], 4), rtol=1e-5, atol=1e-7)
-
-
-# Length.
-
-
-def test_overlong_penalty():
-    lengths = jnp.array([0, 1, 16384, 16385, 18432, 20480, 30000])
-    want = [0, 0, 0, -1 / 4096, -0.5, -1, -1]  # eq. 13 of arXiv 2503.14476: 0, (L_max - L_cache - |y|) / L_cache, -1
-    np.testing.assert_allclose(overlong_penalty(lengths, 20480, 4096), want, rtol=1e-6)
 
 
 # Properties.

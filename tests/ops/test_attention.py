@@ -53,6 +53,29 @@ def test_attention_with_grouped_queries():
     np.testing.assert_allclose(attend(query, key, value, mask), plain_attention(query, key, value, mask), atol=1e-6)
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_gradients_are_those_of_the_formula(cap):
+    """By row, query and head in float64: d scores = w (d - w d), and cap tanh's slope."""
+    query, key, value = normal(B, T, H, E), normal(B, P, K, E, seed=1), normal(B, P, K, E, seed=2)
+    mask, change = random_mask(B, T, P), normal(B, T, H, E, seed=3)
+    got = jax.grad(lambda *a: jnp.sum(attend(*a, mask, 0.3, cap) * change), argnums=(0, 1, 2))(query, key, value)
+    want = [np.zeros(x.shape) for x in (query, key, value)]
+    for b, s, h in np.ndindex(query.shape[:3]):
+        seen, k = np.flatnonzero(mask[b, s]), h // (H // K)
+        keys, values = key[b, seen, k].astype(np.float64), value[b, seen, k].astype(np.float64)
+        scores = 0.3 * keys @ query[b, s, h]
+        slope = 1 - np.tanh(scores / cap) ** 2 if cap else 1.0
+        weights = np.exp(cap * np.tanh(scores / cap) if cap else scores)
+        weights /= weights.sum()
+        by_weight = values @ change[b, s, h]
+        by_score = 0.3 * slope * weights * (by_weight - weights @ by_weight)
+        want[0][b, s, h] += by_score @ keys
+        want[1][b, seen, k] += by_score[:, None] * query[b, s, h]
+        want[2][b, seen, k] += weights[:, None] * change[b, s, h]
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-6)
+
+
 def test_a_shared_prefix_and_own_keys_are_one_softmax():
     query = normal(B, 1, H, E)
     prefix, own = (normal(N, P, K, E, seed=i) for i in (1, 2)), (normal(B, T, K, E, seed=i) for i in (3, 4))

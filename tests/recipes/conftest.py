@@ -83,6 +83,6 @@ def micro_base(micro_run) -> str:
 def one_device():
     """Runs started from Python take the first of the eight devices."""
     with pytest.MonkeyPatch.context() as patch:
-        for recipe in ("grpo", "sft"):
+        for recipe in ("grpo", "supervised"):
             patch.setattr(f"grpo_jax.recipes.{recipe}.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield

@@ -50,7 +50,7 @@ def model(tmp_path_factory) -> LoadedModel:
 @pytest.fixture(scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo_jax.recipes.dpo.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr("grpo_jax.recipes.supervised.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield
 
 
@@ -197,7 +197,7 @@ def test_a_run_learns_to_prefer_and_goes_on_where_it_was_stopped(tmp_path, model
     with pytest.raises(Stopped, match=r"stopped by SIGTERM after step \d of 12; saved"):
         dpo.run(config, tmp_path / "parts")
     monkeypatch.undo()
-    monkeypatch.setattr("grpo_jax.recipes.dpo.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr("grpo_jax.recipes.supervised.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     resumed = load_model(dpo.run(config, tmp_path / "parts"))
     assert all(np.array_equal(a, b) for a, b in zip(leaves(resumed), leaves(trained), strict=True))
     again = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
@@ -212,7 +212,7 @@ def test_a_run_learns_to_prefer_and_goes_on_where_it_was_stopped(tmp_path, model
     ],
 )
 def test_bad_input_leaves_no_folder(tmp_path, model, fields, message, monkeypatch):
-    monkeypatch.setattr("grpo_jax.recipes.dpo.make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
+    monkeypatch.setattr("grpo_jax.recipes.supervised.make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
     config = config_of(model, write(tmp_path / "rows.jsonl", ROWS), **fields)
     with pytest.raises(InputError, match=message):
         dpo.run(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2)), tmp_path / "run")

@@ -17,7 +17,7 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.models.lora import freeze, merge, split_variables
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.parallel import make_mesh
-from grpo_jax.recipes import grpo, sft
+from grpo_jax.recipes import grpo, sft, supervised
 from grpo_jax.rewards.verifiers import byte_table
 from grpo_jax.text import Tokenizer, train_sentencepiece
 
@@ -46,7 +46,7 @@ def small():
         return tiny.TinyScorer(config.names, config.weights, byte_table(token_bytes), None, mesh, {}, tiny.REWARDS)
 
     with pytest.MonkeyPatch.context() as patch:
-        for recipe in (grpo, sft):
+        for recipe in (grpo, supervised):
             patch.setattr(recipe, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         patch.setattr(grpo, "build_scorer", scorer)
         patch.setattr(grpo.Session, "measure_once", lambda *_: {})

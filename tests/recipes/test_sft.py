@@ -203,7 +203,7 @@ def test_a_run_learns_and_goes_on_where_it_was_stopped(tmp_path, micro_base, cha
 @pytest.mark.parametrize(
     "model, fields, message",
     [
-        (False, {}, "model.path='' names no model to fine-tune"),
+        (False, {}, "model.path='' names no model to train"),
         (True, {"path": "nowhere.jsonl"}, r"sft\.path='nowhere\.jsonl': no such file"),
         (True, {"max_length": 5}, r"row 1 has \d+ tokens, more than max_length=5"),
     ],
