@@ -22,7 +22,8 @@ from grpo_jax.errors import InputError
 from grpo_jax.rewards.sandbox import Limits, bubblewrap
 
 SECRET = "a-secret-of-the-host"
-LIMITS = Limits(seconds=3.0, memory=192 << 20, threads=8, files=0, output=1 << 14)
+MEMORY = (192 << 20) + os.getpid()  # stands in the command lines: whose runs they are
+LIMITS = Limits(seconds=3.0, memory=MEMORY, threads=8, files=0, output=1 << 14)
 SHORT = dataclasses.replace(LIMITS, seconds=0.5)
 WRITABLE = dataclasses.replace(LIMITS, files=1 << 20)
 
@@ -261,14 +262,14 @@ def filled(code: str, values: dict[str, object]) -> str:
 
 
 def running() -> list[str]:
-    """Command lines of all processes that a sandbox has started and that have not ended."""
+    """Command lines of all processes that a sandbox of these tests has started and that have not ended."""
     lines = []
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue
-    return [line for line in lines if "/inside.py" in line]
+    return [line for line in lines if "/inside.py" in line and f'"memory": {MEMORY}' in line]
 
 
 def test_there_are_many(host):
@@ -334,7 +335,7 @@ def test_a_killed_trainer_leaves_nothing(sandbox):
     """SIGKILL of the process that waits for a run ends the run too."""
     code = (
         "from grpo_jax.rewards.sandbox import *\n"
-        "limits = Limits(60.0, 192 << 20, 8, 0, 1 << 14)\n"
+        f"limits = Limits(60.0, {MEMORY}, 8, 0, 1 << 14)\n"
         "box = bubblewrap(frozenset(), limits)\nprint('ready', flush=True)\n"
         "box.run(b'import time; time.sleep(100)', b'', limits)\n"
     )
