@@ -110,8 +110,8 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place(tree: Any, mesh: Mesh, dtype: Any) -> Any:
-    """The tree's leaves as arrays on the mesh, split by RULES, in `dtype`.
+def place(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
+    """The tree's leaves as arrays on the mesh, split by RULES, in `dtype` (None: each in its own).
 
     Leaves are numpy arrays, jax arrays, or anything with a shape that gives numbers when sliced: each host slices out
     what its own devices hold, once, and nothing else.
@@ -119,13 +119,13 @@ def place(tree: Any, mesh: Mesh, dtype: Any) -> Any:
 
     def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array):
-            return jax.device_put(x.astype(dtype), sharding)
+            return jax.device_put(x.astype(dtype or x.dtype), sharding)
         parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
 
         def part(index: Any) -> np.ndarray:
             key = tuple((s.start, s.stop) for s in index)
             if key not in parts:
-                parts[key] = np.asarray(x[index]).astype(dtype)
+                parts[key] = np.asarray(x[index]).astype(dtype or x.dtype)
             return parts[key]
 
         return jax.make_array_from_callback(x.shape, sharding, part)

@@ -20,7 +20,7 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.errors import InputError
-from grpo_jax.models.weights import put, take
+from grpo_jax.models.weights import StoredLeaf, put, take
 
 ADAPTERS, SCALES = "adapters", "adapter_scales"
 INT8_MAX = 127
@@ -94,19 +94,29 @@ def split_variables(
 
 
 def freeze(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The base at rest: float32, bfloat16, or dense kernels as int8 and the rest in bfloat16."""
+    """The base at rest: float32, bfloat16, or dense kernels as int8 and the rest in bfloat16.
+
+    Leaves that still lie in a checkpoint stay there: a host reads what it slices out.
+    """
     rest = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     kernels = {*linear_layers(params), "head"} if dtype == "int8" else set()
     frozen: dict[str, Any] = {}
     for path, leaf in _leaves(params):
         layer, _, name = path.rpartition("/")
         if name == "kernel" and layer in kernels:
-            kernel, scale = quantise(np.asarray(leaf))
+            kernel, scale = quantise_stored(leaf) if isinstance(leaf, StoredLeaf) else quantise(np.asarray(leaf))
             put(frozen, path, kernel)
             put(frozen, f"{layer}/kernel_scale", scale)
         else:
-            put(frozen, path, np.asarray(leaf).astype(rest, copy=False))
+            stored = isinstance(leaf, StoredLeaf)
+            put(frozen, path, leaf.cast(rest) if stored else np.asarray(leaf).astype(rest, copy=False))
     return frozen
+
+
+def quantise_stored(kernel: StoredLeaf) -> tuple[StoredLeaf, StoredLeaf]:
+    """`quantise` of a kernel that is still in its file: of what a host slices out, whole columns are read."""
+    scale = kernel.derived(lambda columns: quantise(columns)[1][None], np.float32)
+    return kernel.derived(lambda columns: quantise(columns)[0], np.int8), scale
 
 
 def quantise(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -140,14 +140,12 @@ class StoredLeaf:
 
     Attributes:
       shape: as in the parameter tree, layers (and experts) first.
-      dtype: float32.
+      dtype: of the numbers.
     """
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, shape: Shape, lead: Shape, read: Callable[[Shape, Index], np.ndarray]):
+    def __init__(self, shape: Shape, lead: Shape, read: Callable[[Shape, Index], np.ndarray], dtype: Any = np.float32):
         """`read(place, index)`: slices of the matrix at a place in the `lead` axes (layers, experts)."""
-        self.shape, self._lead, self._read = shape, lead, read
+        self.shape, self.dtype, self._lead, self._read = shape, np.dtype(dtype), lead, read
 
     @property
     def ndim(self) -> int:
@@ -166,6 +164,25 @@ class StoredLeaf:
         for at in np.ndindex(*(len(r) for r in lead)):
             out[at] = self._read(tuple(r[i] for r, i in zip(lead, at, strict=True)), rest)
         return out
+
+    def derived(self, compute: Callable[[np.ndarray], np.ndarray], dtype: Any) -> "StoredLeaf":
+        """Another leaf: `compute` of the columns that are read, all rows of each [..., I, o], gives [..., I or 1, o].
+
+        A result of one row stands for a leaf without the axis of rows.
+        """
+        rows = self.shape[-2]
+
+        def columns(place: Shape, column: slice) -> np.ndarray:
+            return compute(self._read(place, (slice(0, rows), column)))
+
+        if compute(np.zeros((rows, 1), np.float32)).shape[0] == rows:
+            return StoredLeaf(self.shape, self._lead, lambda at, index: columns(at, index[1])[index[0]], dtype)
+        shape = (*self._lead, self.shape[-1])
+        return StoredLeaf(shape, self._lead, lambda at, index: columns(at, index[0])[0], dtype)
+
+    def cast(self, dtype: Any) -> "StoredLeaf":
+        """The same numbers in another dtype."""
+        return StoredLeaf(self.shape, self._lead, self._read, dtype)
 
     def check(self) -> None:
         """Reads all of it, a layer at a time; raises InputError where it cannot be read or is not finite."""

@@ -31,7 +31,7 @@ from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.models.weights import StoredLeaf
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, set_up_process, shardings
+from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, set_up_process
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
@@ -275,7 +275,7 @@ def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
     dtype = jnp.dtype(config.model.param_dtype)
     trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
     trainable = place(trainable, parts.mesh, dtype)
-    frozen = jax.device_put(frozen, shardings(frozen, parts.mesh))
+    frozen = place(frozen, parts.mesh)
     frozen = {**frozen, **load_reward_variables(config.rewards, config.model, parts.mesh)}
     return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
 

@@ -185,7 +185,7 @@ def train_on_rows(
 def put_variables(config: Config, model: LoadedModel, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) collections of a run on the mesh: all parameters, or adapters and the base."""
     trainable, frozen = split_variables(model.params, config.lora, config.seed, model.adapters)
-    return place(trainable, mesh, jnp.float32), jax.device_put(frozen, shardings(frozen, mesh))
+    return place(trainable, mesh, jnp.float32), place(frozen, mesh)
 
 
 def about_base(config: Config, model: LoadedModel) -> dict[str, int]:

@@ -10,15 +10,18 @@ import optax
 import pytest
 import safetensors.numpy
 import tiny
+from gguf_writer import tokenizer_metadata
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import divide
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.huggingface import read_folder
+from grpo_jax.models.huggingface import open_folder, read_folder, write_folder
 from grpo_jax.models.lora import adapter_scales, fingerprint, freeze, linear_layers, merge, quantise, split_variables
 from grpo_jax.models.peft import read_adapters, write_adapters
+from grpo_jax.parallel import place
 from grpo_jax.step import Program
+from grpo_jax.text import Tokenizer
 
 OF = tiny.architecture(layers=2, tied=False)
 BASE = tiny.params(OF)
@@ -69,6 +72,25 @@ def test_columns_have_their_own_scale():
     assert whole.dtype == np.int8 and scale.shape == (2, 5) and np.abs(whole).max(axis=1)[:, :4].min() == 127
     assert (np.abs(whole * scale[:, None] - kernel) <= scale[:, None] / 2 * 1.0001).all()
     assert not whole[..., 4].any() and (scale[:, 4] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_base_in_its_file_is_frozen_by_what_is_sliced_out(tmp_path, dtype):
+    """The same numbers as of a base in memory; half of the columns cost a read of half of the matrix."""
+    write_folder(str(tmp_path / "m"), OF, BASE, Tokenizer.from_gguf(tokenizer_metadata()))
+    stored, reads = open_folder(str(tmp_path / "m"))[1], []
+    lazy, whole = freeze(stored, dtype), freeze(BASE, dtype)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, lazy), whole)
+    placed = place(lazy, tiny.mesh(tiny.config(**{"mesh.fsdp": 2, "mesh.tensor": 2})))
+    jax.tree.map(np.testing.assert_array_equal, placed, whole)
+    kernel = stored["stack_0"]["mlp"]["down"]["kernel"]
+    read = kernel._read
+    kernel._read = lambda place, index: reads.append(read(place, index).size) or read(place, index)
+    _, rows, columns = kernel.shape
+    frozen = freeze(stored, dtype)["stack_0"]["mlp"]["down"]["kernel"]
+    part = frozen[(slice(0, 1), slice(0, 2), slice(0, columns // 2))]
+    assert part.shape == (1, 2, columns // 2) and part.dtype == frozen.dtype
+    assert reads == [(rows if dtype == "int8" else 2) * (columns // 2)]
 
 
 def test_fresh_adapters_add_nothing_and_follow_from_the_seed():
