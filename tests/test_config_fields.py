@@ -445,7 +445,8 @@ def captured_fine_tune(monkeypatch, where) -> list[Given]:
     for name, stand_in in (("fine_tune", fine_tune), ("fit", fit)):
         if hasattr(where, name):
             monkeypatch.setattr(where, name, stand_in)
-    monkeypatch.setattr(where, "save_model", lambda folder, *_: str(folder))
+    saves = supervised if where is sft else where
+    monkeypatch.setattr(saves, "save_model", lambda folder, *_: str(folder))
     return found
 
 
@@ -1895,9 +1896,9 @@ def test_dpo_path(model, tmp_path):
     path.write_text(json.dumps({"prompt": "1+1=", "chosen": "2", "rejected": "3"}) + "\n")
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(supervised, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         patch.setattr(dpo, "prefer", lambda config, module, given, pairs, *_: found.append(pairs) or given[0])
-        patch.setattr(dpo, "save_trained", lambda folder, *_: str(folder))
+        patch.setattr(supervised, "save_trained", lambda folder, *_: str(folder))
         fields = {"model.path": model.source, "dpo.path": str(path)}
         dpo.run(tiny.config(**fields), tmp_path / "run", Terminal(out=io.StringIO()))
         with pytest.raises(InputError, match="dpo.path='nowhere': no such file"):
