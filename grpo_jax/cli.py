@@ -1,6 +1,7 @@
 """The command line: `grpo-jax train --config arithmetic --config.optim.lr=1e-4 --workdir runs/a`."""
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import importlib.metadata
@@ -163,6 +164,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--template", default="", help="as text.template (default: the model's own chat template)")
     made.add_argument("--system_prompt", default="", help="system message before each prompt")
     made.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    made = command("eval", run_eval, "score a model, or what a run has trained, on evaluation sets")
+    add_eval_options(made)
     made = command("plan", run_plan, "print parameters, memory by dtype and FLOPs a token of a published model")
     made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
     made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
@@ -231,7 +234,7 @@ def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:
     return _until_stopped(functools.partial(run, sweep=chosen_configs(sweep, only)), config, workdir)
 
 
-def _until_stopped(run: Callable[..., Any], config: configs.Config, workdir: pathlib.Path) -> int:
+def _until_stopped(run: Callable[..., Any], config: Any, workdir: pathlib.Path) -> int:
     from grpo_jax.recipes.loop import Stopped
 
     try:
@@ -268,6 +271,50 @@ def run_sample(options: argparse.Namespace, overrides: list[str]) -> int:
         for number, text in enumerate(completions, start=1):
             print(f"--- {prompt} ({number} of {options.n})\n{text}")
     return 0
+
+
+def add_eval_options(made: argparse.ArgumentParser) -> None:
+    """Options of `eval`."""
+    add = made.add_argument
+    add("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
+    add("--set", action="append", default=[], metavar="NAME=PLACE", dest="sets",
+        help="aime_2024, math_500, gsm8k, gpqa_diamond, live_code_bench, human_eval, if_eval or jsonl, and its file, "
+        "folder or tfds:NAME; held_out: a run's own; may be given again")  # fmt: skip
+    add("--workdir", help="folder of samples and report (default: runs/eval_<model>)")
+    add("--samples", type=int, default=0, help="completions a problem (default: the set's, as in DeepSeek-R1's paper)")
+    add("--problems", type=int, default=0, help="the first so many of each set (default: all)")
+    add("--temperature", type=float, default=0.6, help="of the samples (default: 0.6)")
+    add("--top_p", type=float, default=0.95, help="of the samples (default: 0.95)")
+    add("--max_new_tokens", type=int, default=2048, help="tokens a completion may have (default: 2048)")
+    add("--no_greedy", action="store_true", help="leave out the greedy completions")
+    add("--template", default="", help="as text.template (default: the run's, or the model's own)")
+    add("--system_prompt", default="", help="system message before each prompt (default: the run's)")
+    add("--end_token", action="append", default=[], help="a token that ends a completion; may be given again")
+    add("--instruction", default="auto", help="prompts say how to answer: yes, no, auto (with a chat template alone)")
+    add("--language", default="en", help="that completions should be in, as an ISO 639-1 code (default: en)")
+    add("--batch_size", type=int, default=64, help="completions at once (default: 64)")
+    add("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
+    add("--seed", type=int, default=0, help="names the samples (default: 0)")
+    add("--fsdp", type=int, default=1, help="devices that parameters are split over (default: 1)")
+    add("--tensor", type=int, default=1, help="devices that each layer is split over (default: 1)")
+    add("--sandbox", default="bubblewrap", choices=("bubblewrap", "monty"), help="where programs run")
+    add("--rescore", action="store_true", help="grade the kept completions anew")
+
+
+def run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax eval`."""
+    if overrides:
+        raise InputError(f"{overrides[0]}: eval has options of its own: see grpo-jax eval --help")
+    _set_up_jax(configs.Config())
+    from grpo_jax.recipes.benchmark import Settings, run
+
+    own = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in own}
+    given |= {"sets": tuple(options.sets), "end_tokens": tuple(options.end_token), "greedy": not options.no_greedy}
+    given["mesh"] = configs.MeshConfig(fsdp=options.fsdp, tensor=options.tensor)
+    given["code"] = configs.CodeConfig(sandbox=options.sandbox)
+    workdir = options.workdir or f"runs/eval_{pathlib.Path(options.model).name}"
+    return _until_stopped(run, Settings(**given), pathlib.Path(workdir))
 
 
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -89,6 +89,16 @@ class Terminal:
             table.add_row(Text(name), "x".join(map(str, shape)) or "scalar", dtype, f"{size:,}")
         self._out.print(table)
 
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of texts, its first column to the left."""
+        self.end_steps()
+        made = Table(box=SIMPLE_HEAD)
+        for number, heading in enumerate(headings):
+            made.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*(self._text(cell) for cell in row))
+        self._out.print(made)
+
     @contextlib.contextmanager
     def compiling(self, what: str) -> Iterator[None]:
         """Says that `what` is being compiled while the block runs, and afterwards how long that took."""

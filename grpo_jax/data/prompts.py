@@ -97,10 +97,19 @@ def make_eval_batches(
     numbers of their own.
     """
     wanted = min(problems or prompt_set.size, prompt_set.size)
-    for start in range(0, wanted, batch):
-        draws = start + np.arange(batch, dtype=np.int64)
-        real = draws < wanted
-        yield _prompts(prompt_set, draws, np.where(real, draws, 0), real.astype(np.float32), max_prompt_length)
+    return make_row_batches(prompt_set, range(wanted), batch, max_prompt_length)
+
+
+def make_row_batches(
+    prompt_set: PromptSet, rows: Sequence[int], batch: int, max_prompt_length: int
+) -> Iterator[Prompts]:
+    """These rows, `batch` at a time, each under its own number as draw number; filler as in `make_eval_batches`."""
+    for start in range(0, len(rows), batch):
+        here = np.asarray(rows[start : start + batch], np.int64)
+        filler = np.arange(batch - len(here), dtype=np.int64)
+        draws = np.concatenate([here, prompt_set.size + filler])
+        weight = (np.arange(batch) < len(here)).astype(np.float32)
+        yield _prompts(prompt_set, draws, np.concatenate([here, 0 * filler]), weight, max_prompt_length)
 
 
 def _prompts(

@@ -5,10 +5,11 @@ Every row is a dict of its original columns, with 'prompt' (text, or a list of m
 """
 
 import difflib
+import gzip
 import importlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_jax.config import DataConfig
@@ -113,13 +114,14 @@ def _answer(answer: Any, config: DataConfig, where: str) -> str:
 
 def _read_jsonl(config: DataConfig, split: str, field: str, path: str) -> Found:
     del config, split
-    return _jsonl_rows(pathlib.Path(path), field)
+    return jsonl_rows(pathlib.Path(path), field)
 
 
-def _jsonl_rows(file: pathlib.Path, field: str) -> Found:
+def jsonl_rows(file: pathlib.Path, field: str) -> Found:
+    """Rows of a JSONL file, packed by gzip where its name ends so; raises InputError naming the line."""
     if not file.is_file():
         raise InputError(f"{field}={str(file)!r} is not a file")
-    with file.open("rb") as lines:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{file}: line {number}"
             try:
@@ -137,6 +139,12 @@ def _jsonl_rows(file: pathlib.Path, field: str) -> Found:
 
 def _read_tfds(config: DataConfig, split: str, field: str, path: str) -> Found:
     """Rows of a prepared tensorflow-datasets builder, 'name' or 'name:/data_dir'; nothing is downloaded."""
+    wanted, option = (config.eval_split, "data.eval_split") if split == "eval" else (config.split, "data.split")
+    return tfds_rows(field, path, (wanted,), option)
+
+
+def tfds_rows(field: str, path: str, splits: Sequence[str], option: str) -> Found:
+    """Rows of the first of `splits` that a prepared builder has; errors name `field` and `option`."""
     name, _, data_dir = path.partition(":")
     tfds = importlib.import_module("tensorflow_datasets")
     try:
@@ -147,14 +155,14 @@ def _read_tfds(config: DataConfig, split: str, field: str, path: str) -> Found:
     options = {"data_dir": data_dir} if data_dir else {}
     try:
         builder = tfds.builder(name, **options)
-        splits = builder.info.splits
+        known = builder.info.splits
     except tfds.core.registered.DatasetNotFoundError as error:
         raise InputError(_not_prepared(field, path, name, data_dir)) from error
-    if not splits:
+    if not known:
         raise InputError(_not_prepared(field, path, name, data_dir))
-    wanted, option = (config.eval_split, "data.eval_split") if split == "eval" else (config.split, "data.split")
-    if wanted.partition("[")[0] not in splits:
-        raise InputError(f"{option}={wanted!r} is not a split of {path}; {_nearest(wanted, splits)}")
+    wanted = next((split for split in splits if split.partition("[")[0] in known), None)
+    if wanted is None:
+        raise InputError(f"{option}={splits[0]!r} is not a split of {path}; {_nearest(splits[0], known)}")
     try:
         source = builder.as_data_source(split=wanted)
     except NotImplementedError as error:  # prepared as TFRecord files, which cannot be read without TensorFlow
@@ -192,7 +200,7 @@ def _read_hf(config: DataConfig, split: str, field: str, path: str) -> Found:
     wanted, option = (config.eval_split, "data.eval_split") if split == "eval" else (config.split, "data.split")
     if (folder / "state.json").is_file() and split == "eval" and field == "data.path":
         raise InputError(f"data.path={path!r} holds one split only: name a folder of held-out rows in data.eval_path")
-    files = _split_files(folder, wanted)
+    files = split_files(folder, wanted)
     if not files:
         splits = _splits(folder)
         inside = [child.name for child in folder.iterdir() if child.is_dir() and _splits(child)] if not splits else []
@@ -200,13 +208,13 @@ def _read_hf(config: DataConfig, split: str, field: str, path: str) -> Found:
         raise InputError(f"{option}={wanted!r} is not a split of {field}={path!r}; {fix}")
     for file in files:
         if file.suffix == ".jsonl":
-            yield from _jsonl_rows(file, field)
+            yield from jsonl_rows(file, field)
         else:
-            for number, columns in enumerate(_table(file)):
+            for number, columns in enumerate(read_table(file)):
                 yield f"{file}: row {number}", columns
 
 
-def _split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The files of a split in order; a folder saved from a single split holds just that one."""
     for saved in (folder, folder / split):
         if (saved / "state.json").is_file():
@@ -239,7 +247,7 @@ def _splits(folder: pathlib.Path) -> set[str]:
     return found
 
 
-def _table(file: pathlib.Path) -> list[dict]:
+def read_table(file: pathlib.Path) -> list[dict]:
     """Rows of an Arrow stream (as `save_to_disk` writes) or a Parquet file."""
     pyarrow = importlib.import_module("pyarrow")
     try:

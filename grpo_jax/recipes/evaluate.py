@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import row_sharding
 from grpo_jax.rewards.host import Record
+from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import answer_span, last_number
@@ -22,6 +24,8 @@ from grpo_jax.step import EVALUATION, StepParts, draw_completions, noise_key, sa
 from grpo_jax.text import Tokenizer
 
 BOOTSTRAPS = 2000
+Same = Callable[[set[tuple[str, str]]], dict[tuple[str, str], bool]]
+Class = TypeVar("Class", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +50,6 @@ class Evaluator:
 
     @functools.cached_property
     def _ready(self) -> Any:
-        """Parameters as sampling wants them, once for all batches of an evaluation."""
         return jax.jit(functools.partial(sampling_variables, self.parts))
 
     @functools.cached_property
@@ -84,28 +87,52 @@ class Evaluator:
 
         `between` is called before each batch; it may raise to end a long evaluation.
         """
-        shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
-        at_once = max(self.parts.config.completions // samples // shards, 1) * shards
-        program = self._sampler(samples, temperature, top_p, top_k)
+        at_once = self.problems_at_once(self.parts.config.completions, samples)
         in_graph = functools.partial(self._scores, variables=variables.get(COLLECTION))
-        variables = self._ready(variables)
-        noise = noise_key(self.parts.config.seed, EVALUATION, step)
-        fetch, records = Fetcher(), []
+        ready, fetch, records = self.ready(variables), Fetcher(), []
         host = self.scorer.host
         if host is not None:
             host.step = step
-        length = self.parts.config.data.max_prompt_length
-        for batch in make_eval_batches(self.prompts, at_once, length, problems):
-            between()
-            prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
-            rollout = program(variables, prompts, noise)
+        batches = make_eval_batches(self.prompts, at_once, self.parts.config.data.max_prompt_length, problems)
+        for batch, prompts, rollout in self.rollouts(ready, batches, samples, temperature, top_p, step, between, top_k):
             scores = self.scorer.score_on_host(prompts, rollout, in_graph, fetch)
             if host is not None and (error := host.take_error()):
                 raise error
             told = Record() if host is None else host.take()
-            rollout, scores = fetch((rollout, scores))
-            records += self._records(batch, rollout, scores, samples, told)
+            found, scores = fetch((rollout, scores))
+            records += self._records(batch, found, scores, samples, told)
         return records
+
+    def problems_at_once(self, completions: int, samples: int) -> int:
+        """Problems of a batch of about so many completions, split evenly over the devices."""
+        shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
+        return max(completions // samples // shards, 1) * shards
+
+    def rollouts(
+        self,
+        ready: Any,
+        batches: Iterable[Prompts],
+        samples: int,
+        temperature: float,
+        top_p: float,
+        step: int,
+        between: Callable[[], None] = lambda: None,
+        top_k: int = 0,
+    ) -> Iterator[tuple[Prompts, Prompts, Rollout]]:
+        """(batch on the host, the same on the devices, its completions there) of each batch; noise is that of `step`.
+
+        `ready` is what `ready` gives, `between` is called before each batch.
+        """
+        program = self._sampler(samples, temperature, top_p, top_k)
+        noise = noise_key(self.parts.config.seed, EVALUATION, step)
+        for batch in batches:
+            between()
+            prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
+            yield batch, prompts, program(ready, prompts, noise)
+
+    def ready(self, variables: Any) -> Any:
+        """Parameters as sampling wants them, to be made once for all batches."""
+        return self._ready(variables)
 
     def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int, told: Record) -> list[dict]:
         records = []
@@ -170,12 +197,50 @@ def summarise(records: Sequence[dict]) -> dict[str, Any]:
 
 
 def majority_right(records: Sequence[dict]) -> bool:
-    """Whether the most frequent answer of a problem's completions is right; of equals, the first drawn wins."""
-    answers = [answer_span(r["completion"]) for r in records]
-    counts = collections.Counter(answer for answer in answers if answer is not None)
-    if not counts:
-        return False
-    return counts.most_common(1)[0][0] == str(records[0]["answer"]).strip()
+    """Whether the answer that most of a problem's completions give is right; of equals, the first drawn wins.
+
+    Numbers that are plainly equal count as one answer.
+    """
+
+    def same(pairs: set[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+        return {pair: verdict_at_once(*pair) is True for pair in pairs}
+
+    (answers,) = answer_classes([[answer_span(r["completion"]) for r in records]], same)
+    winner = majority(answers)
+    return winner is not None and verdict_at_once(str(records[0]["answer"]).strip(), winner) is True
+
+
+def answer_classes(groups: Sequence[Sequence[str | None]], same: Same) -> list[list[str | None]]:
+    """Each answer replaced by the first of its problem's answers that it is equivalent to; None stays None.
+
+    `same` tells of many pairs at once; each round compares what is left of every problem with one more answer.
+    """
+    heads: list[dict[str, str]] = [{} for _ in groups]
+    left = [list(dict.fromkeys(answer for answer in group if answer is not None)) for group in groups]
+    while any(left):
+        verdicts = same({(rest[0], other) for rest in left for other in rest[1:]})
+        for number, rest in enumerate(left):
+            if rest:
+                alike = [rest[0], *(other for other in rest[1:] if verdicts[rest[0], other])]
+                heads[number] |= dict.fromkeys(alike, rest[0])
+                left[number] = [other for other in rest if other not in heads[number]]
+    return [
+        [None if answer is None else head[answer] for answer in group]
+        for group, head in zip(groups, heads, strict=True)
+    ]
+
+
+def majority(classes: Sequence[Class | None]) -> Class | None:
+    """The most frequent class, the first drawn of equals; None where nobody answers."""
+    counts = collections.Counter(item for item in classes if item is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that one of k completions is right, unbiased (arXiv 2107.03374, eq. 1)."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"{k=} must lie between 1 and {samples=}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
