@@ -166,6 +166,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: float32)")
     made = command("eval", run_eval, "score a model, or what a run has trained, on evaluation sets")
     add_eval_options(made)
+    made = command("reject", run_reject, "keep right and readable samples of a model as chats that sft learns from")
+    add_reject_options(made)
     made = command("plan", run_plan, "print parameters, memory by dtype and FLOPs a token of a published model")
     made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
     made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
@@ -273,20 +275,17 @@ def run_sample(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def add_eval_options(made: argparse.ArgumentParser) -> None:
-    """Options of `eval`."""
+def add_drawing_options(made: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
+    """Options that `eval` and `reject` share: the model, the prompts, how completions are drawn and graded."""
     add = made.add_argument
     add("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
-    add("--set", action="append", default=[], metavar="NAME=PLACE", dest="sets",
-        help="aime_2024, math_500, gsm8k, gpqa_diamond, live_code_bench, human_eval, if_eval or jsonl, and its file, "
-        "folder or tfds:NAME; held_out: a run's own; may be given again")  # fmt: skip
-    add("--workdir", help="folder of samples and report (default: runs/eval_<model>)")
-    add("--samples", type=int, default=0, help="completions a problem (default: the set's, as in DeepSeek-R1's paper)")
+    places = "aime_2024, math_500, gsm8k, gpqa_diamond, live_code_bench, human_eval, if_eval or jsonl, and its file, "
+    places += "folder or tfds:NAME; held_out, train: a run's own rows; may be given again"
+    add("--set", action="append", default=[], metavar="NAME=PLACE", dest="sets", help=places)
     add("--problems", type=int, default=0, help="the first so many of each set (default: all)")
-    add("--temperature", type=float, default=0.6, help="of the samples (default: 0.6)")
-    add("--top_p", type=float, default=0.95, help="of the samples (default: 0.95)")
+    add("--temperature", type=float, default=temperature, help=f"of the samples (default: {temperature})")
+    add("--top_p", type=float, default=top_p, help=f"of the samples (default: {top_p})")
     add("--max_new_tokens", type=int, default=2048, help="tokens a completion may have (default: 2048)")
-    add("--no_greedy", action="store_true", help="leave out the greedy completions")
     add("--template", default="", help="as text.template (default: the run's, or the model's own)")
     add("--system_prompt", default="", help="system message before each prompt (default: the run's)")
     add("--end_token", action="append", default=[], help="a token that ends a completion; may be given again")
@@ -301,20 +300,71 @@ def add_eval_options(made: argparse.ArgumentParser) -> None:
     add("--rescore", action="store_true", help="grade the kept completions anew")
 
 
+def add_eval_options(made: argparse.ArgumentParser) -> None:
+    """Options of `eval`."""
+    add_drawing_options(made, 0.6, 0.95)
+    add = made.add_argument
+    add("--workdir", help="folder of samples and report (default: runs/eval_<model>)")
+    add("--samples", type=int, default=0, help="completions a problem (default: the set's, as in DeepSeek-R1's paper)")
+    add("--no_greedy", action="store_true", help="leave out the greedy completions")
+
+
+def add_reject_options(made: argparse.ArgumentParser) -> None:
+    """Options of `reject`."""
+    add_drawing_options(made, 1.0, 1.0)
+    add = made.add_argument
+    add("--workdir", help="folder of samples and chats.jsonl (default: runs/reject_<model>)")
+    add("--samples", type=int, default=8, help="completions a prompt (default: 8)")
+    add("--most", type=int, default=4, help="chats kept of a prompt; 0: all (default: 4)")
+    add("--format", default="none", help="completions must be: think_answer, answer, none (default)")
+    add("--language_share", type=float, default=0.95, help="least share of words in --language (default: 0.95)")
+    add("--repetition", type=float, default=0.4, help="most share of repeated n-grams of words (default: 0.4)")
+    add("--least_length", type=int, default=0, help="tokens at least (default: 0)")
+    add("--most_length", type=int, default=0, help="tokens at most; 0: any (default)")
+    add("--paragraph_words", type=int, default=300, help="words of a paragraph at most; 0: any (default: 300)")
+    add("--code_blocks", action="store_true", help="fenced code may stay")
+    add("--similarity", type=float, default=0.8, help="near duplicates share so many trigrams (default: 0.8)")
+    add("--against", action="append", default=[], metavar="NAME=PLACE", help="an evaluation set to decontaminate from")
+    add("--ngram", type=int, default=10, help="words that no row may share with it (default: 10)")
+
+
 def run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax eval`."""
+    from grpo_jax.recipes.benchmark import run
+
+    settings = _settings(options, overrides, "eval", greedy=not options.no_greedy)
+    return _until_stopped(run, settings, _default_workdir(options, "eval"))
+
+
+def run_reject(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax reject`."""
+    from grpo_jax.data.filters import FilterConfig
+    from grpo_jax.recipes.rejection import Rejection, run
+
+    settings = _settings(options, overrides, "reject")
+    given = vars(options)
+    filters = FilterConfig(**{f.name: given[f.name] for f in dataclasses.fields(FilterConfig) if f.name in given})
+    kept = Rejection(filters, options.most, options.similarity, tuple(options.against), options.ngram)
+    return _until_stopped(
+        lambda settings, workdir: run(settings, kept, workdir), settings, _default_workdir(options, "reject")
+    )
+
+
+def _settings(options: argparse.Namespace, overrides: list[str], command: str, **more: Any) -> Any:
     if overrides:
-        raise InputError(f"{overrides[0]}: eval has options of its own: see grpo-jax eval --help")
+        raise InputError(f"{overrides[0]}: {command} has options of its own: see grpo-jax {command} --help")
     _set_up_jax(configs.Config())
-    from grpo_jax.recipes.benchmark import Settings, run
+    from grpo_jax.recipes.benchmark import Settings
 
     own = {field.name for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in own}
-    given |= {"sets": tuple(options.sets), "end_tokens": tuple(options.end_token), "greedy": not options.no_greedy}
+    given |= {"sets": tuple(options.sets), "end_tokens": tuple(options.end_token)}
     given["mesh"] = configs.MeshConfig(fsdp=options.fsdp, tensor=options.tensor)
-    given["code"] = configs.CodeConfig(sandbox=options.sandbox)
-    workdir = options.workdir or f"runs/eval_{pathlib.Path(options.model).name}"
-    return _until_stopped(run, Settings(**given), pathlib.Path(workdir))
+    return Settings(**given, code=configs.CodeConfig(sandbox=options.sandbox), **more)
+
+
+def _default_workdir(options: argparse.Namespace, command: str) -> pathlib.Path:
+    return pathlib.Path(options.workdir or f"runs/{command}_{pathlib.Path(options.model).name}")
 
 
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:

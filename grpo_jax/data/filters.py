@@ -1,7 +1,8 @@
 """Filters of sampled completions for supervised stages: each has a name, and what it drops is counted under it.
 
-A row is a dict with 'prompt', 'completion' and, where a filter reads them, 'right' (verified), 'ended', 'length' (tokens),
-'language'; the records of `grpo-jax eval` and of the evaluator have them. Pure functions: rows in, rows and counts out.
+A row is a dict with 'prompt', 'completion' and, where a filter reads them, 'right' (verified), 'ended', 'length' in
+tokens, and perhaps 'language' (its code) and 'opened' (the prompt ends with `<think>`). Pure functions: rows in, rows
+and counts out.
 """
 
 import dataclasses
@@ -177,8 +178,7 @@ def decontaminate(rows: Iterable[Row], against: Iterable[Any], n: int = 10) -> F
     Prompt and completion are looked at. A text of fewer than n words counts where it is the whole prompt. DeepSeek-R1
     (Nature version, supplement) drops by matching 10-grams.
     """
-    if n < 1:
-        raise InputError(f"decontamination: n={n} must be at least 1")
+    check_decontamination(n)
     grams: set[tuple[str, ...]] = set()
     short: set[tuple[str, ...]] = set()
     for text in against:
@@ -196,6 +196,18 @@ def decontaminate(rows: Iterable[Row], against: Iterable[Any], n: int = 10) -> F
     return Filtered(kept, {"contaminated": dropped})
 
 
+def check_decontamination(n: int) -> None:
+    """Raises InputError for n-grams of no words."""
+    if n < 1:
+        raise InputError(f"decontamination: n={n} must be at least 1")
+
+
+def check_deduplication(least_similarity: float, n: int = 3) -> None:
+    """Raises InputError for a similarity that every pair or no pair has."""
+    if not 0 < least_similarity <= 1 or n < 1:
+        raise InputError(f"deduplication: similarity={least_similarity} must be above 0 up to 1, {n=} at least 1")
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as one text: itself, or what the messages of a chat say."""
     return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
@@ -208,8 +220,7 @@ def deduplicate(rows: Iterable[Row], least_similarity: float = 0.8, n: int = 3) 
     apart. Near: the same prompt's words, and the Jaccard similarity of the completions' word n-grams is at least
     `least_similarity` (bands of MinHashes, Broder 1997, find candidates; each is then compared exactly).
     """
-    if not 0 < least_similarity <= 1 or n < 1:
-        raise InputError(f"deduplication: similarity={least_similarity} must be above 0 up to 1, {n=} at least 1")
+    check_deduplication(least_similarity, n)
     dropped = {"exact duplicates": 0, "near duplicates": 0}
     kept: list[dict[str, Any]] = []
     shingles: list[set[tuple[str, ...]]] = []

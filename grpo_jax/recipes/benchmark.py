@@ -43,7 +43,7 @@ from grpo_jax.step import StepParts
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_prompt
 
-HELD_OUT = "held_out"  # a run's own held-out rows
+OWN_ROWS = {"held_out": "eval", "train": "train"}  # names of a run's own rows, and their split
 CHUNK = 16  # samples drawn together; a part of what names their noise
 NARROWEST = 16  # tokens that prompts are padded to at least
 TOLD_EVERY = 30.0  # seconds between lines on the terminal
@@ -60,7 +60,7 @@ class Settings:
 
     Attributes:
       model: whatever `model.path` takes.
-      sets: 'NAME=PLACE' each, as `data.benchmarks` reads them, or 'held_out' for a run's own rows.
+      sets: 'NAME=PLACE' each, as `data.benchmarks` reads them; 'held_out' and 'train' are a run's own rows.
       samples: completions a problem (k); 0: the set's own number.
       problems: the first so many problems of each set; 0: all.
       greedy: also one completion a problem at temperature 0.
@@ -159,15 +159,14 @@ def resolved(settings: Settings) -> tuple[Settings, Config | None]:
 
 def read_sets(settings: Settings, run_config: Config | None = None) -> list[ProblemSet]:
     """The sets that are asked for, in order; of a run without any, its held-out rows."""
-    asked = settings.sets or ((HELD_OUT,) if run_config else ())
+    asked = settings.sets or (("held_out",) if run_config else ())
     if not asked:
         raise InputError(f"{FIELD}: name a set: {', '.join(BENCHMARKS)}, such as {FIELD} gsm8k=test.jsonl")
     found = []
     for item in asked:
         name, _, where = item.partition("=")
-        if name == HELD_OUT:
-            problems = _held_out(settings, run_config)
-            made = ProblemSet(name, "held-out rows", problems, settings.samples or 4)
+        if name in OWN_ROWS:
+            made = ProblemSet(name, f"{name} rows", _own_rows(name, settings, run_config), 4)
         else:
             benchmark = benchmark_named(name)
             problems = read_benchmark(name, where, settings.problems)
@@ -179,13 +178,13 @@ def read_sets(settings: Settings, run_config: Config | None = None) -> list[Prob
     return found
 
 
-def _held_out(settings: Settings, config: Config | None) -> list[dict[str, Any]]:
+def _own_rows(name: str, settings: Settings, config: Config | None) -> list[dict[str, Any]]:
     if config is None or config.data.source == "memory":
-        raise InputError(f"{FIELD} {HELD_OUT}: needs a run with held-out rows on disk as --model: name another set")
-    rows = load_rows(config.data, "eval", config.seed)[: settings.problems or None]
+        raise InputError(f"{FIELD} {name}: needs a run whose rows lie on disk as --model: name another set")
+    rows = load_rows(config.data, OWN_ROWS[name], config.seed)[: settings.problems or None]
     kinds = [("code", "tests") if row.get("tests") else ("math", "answer") for row in rows]
     pairs = enumerate(zip(rows, kinds, strict=True))
-    return [{"id": str(i), "kind": k, "prompt": row["prompt"], name: row[name]} for i, (row, (k, name)) in pairs]
+    return [{"id": str(i), "kind": k, "prompt": row["prompt"], col: row[col]} for i, (row, (k, col)) in pairs]
 
 
 def _check(settings: Settings) -> None:
@@ -244,7 +243,7 @@ class Drawer:
 
     def complete(self, each: ProblemSet, grader: Grader, folder: pathlib.Path) -> list[dict[str, Any]]:
         """Records of all samples of a set, sorted: those that the folder keeps, and the others drawn now."""
-        prompts = self.prompt_set(each.problems)
+        prompts = self.asked(each.problems)
         digests = [hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16] for ids in prompts.tokens]
         kept = self._kept(folder, each, digests, grader)
         opened = [opens_thinking(self.tokenizer.decode(ids.tolist(), skip_special=False)) for ids in prompts.tokens]
@@ -261,8 +260,8 @@ class Drawer:
         mine = (r for r in kept if r["problem"] in wanted and (r["sample"] is None or r["sample"] < each.samples))
         return sorted(mine, key=lambda record: (record["problem"], record["sample"] is None, record["sample"] or 0))
 
-    def prompt_set(self, problems: Sequence[Mapping[str, Any]]) -> PromptSet:
-        """The problems' prompts as tokens."""
+    def asked(self, problems: Sequence[Mapping[str, Any]]) -> PromptSet:
+        """The problems' prompts, instruction included, and their tokens."""
         rows = [{"prompt": with_instruction(p) if self.instructed else p["prompt"]} for p in problems]
         limit = 2**31 - 1  # the longest one decides how wide they are padded
         return build_prompt_set(

@@ -217,7 +217,7 @@ def test_kept_completions_are_graded_anew_on_request(whole, settings, folder):
         ({"temperature": 0.5}, "sums: holds samples with temperature=1.0, this asks for 0.5: name another --workdir"),
         ({"system_prompt": "Be brief."}, "holds samples with system_prompt=''"),
         ({"sets": ()}, "--set: name a set: aime_2024, "),
-        ({"sets": ("held_out",)}, "--set held_out: needs a run with held-out rows"),
+        ({"sets": ("held_out",)}, "--set held_out: needs a run whose rows"),
         ({"sets": ("jsonl=a/sums.jsonl", "jsonl=b/sums.jsonl")}, "does not exist"),
         ({"samples": -1}, "--samples -1: must be at least 0"),
         ({"top_p": 0.0}, "--top_p 0.0: must be"),

@@ -99,11 +99,11 @@ def test_bad_rules_are_refused(rule, message):
 
 def test_hostile_responses_take_linear_time():
     texts = [
-        unit * (200_000 // len(unit)) for unit in ("*", "[", "<", " \n", "\n*", ". ", "a", "p.", "A-", "SECTION ", "{")
+        unit * (40_000 // len(unit)) for unit in ("*", "[", "<", " \n", "\n*", ". ", "a", "p.", "A-", "SECTION ", "{")
     ]
-    texts += ["<<" * 50_000 + ">" * 50_000, "[" * 100_000 + "]", "." * 200_000 + "a", ".'" * 100_000]
+    texts += ["<<" * 10_000 + ">" * 10_000, "[" * 40_000 + "]", "." * 40_000 + "a", ".'" * 20_000]
     start = time.process_time()
     for name, (options, _, _) in CASES.items():
         for text in texts:
             follows({"rule": name, **options}, text)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
