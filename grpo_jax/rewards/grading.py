@@ -99,10 +99,11 @@ class Grader:
         verdicts = self.same(pairs)
         grades = []
         for right, one, others in zip(rights, found, loose, strict=True):
-            asked = one is not None and one[0] != "last number"
-            strict = asked and verdicts[right, one[1]]
+            where, given = one or ("", None)
+            asked = given is not None and where != "last number"
+            strict = given is not None and asked and verdicts[right, given]
             lenient = strict or any(verdicts[right, other] for other in others)
-            grades.append(Grade(float(strict), float(lenient), asked, one[1] if one else None))
+            grades.append(Grade(float(strict), float(lenient), asked, given))
         return grades
 
     def _grade_code(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
