@@ -17,8 +17,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from grpo_jax import processes
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import write_json_atomic
 
@@ -42,7 +42,8 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._retention.scores.update({step: _score(self.folder / str(step)) for step in self.steps()})
+        scores = processes.on_first(lambda: {str(step): _score(self.folder / str(step)) for step in self.steps()})
+        self._retention.scores.update({int(step): score for step, score in scores.items()})
 
     def save(
         self, step: int, state: Any, extra: Mapping[str, Any], score: float | None = None, force: bool = False
@@ -103,22 +104,31 @@ class Checkpoints:
         self.wait()
         damage: dict[int, str] = {}
         for step in order:
-            try:
-                state, extra = self._read(step, abstract_state)
-            except InputError:
-                raise
-            except Exception as error:  # whatever a file of garbage makes the readers raise
-                damage[step] = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            found = self._try(step, abstract_state)
+            if isinstance(found, str):
+                damage[step] = found
                 continue
             self._set_aside(damage, step)
-            return state, extra, step
+            return *found, step
         if damage:
             found = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
             raise InputError(f"{self.folder}: every checkpoint is damaged ({found}): remove the folder to start anew")
         return None
 
+    def _try(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]] | str:
+        """A checkpoint's state and extra, or what is wrong with it; the same verdict in all processes."""
+        wrong, found = processes.on_first(lambda: _damage(self.folder / str(step))), None
+        try:
+            if wrong is None:
+                found = self._read(step, abstract_state)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a file of garbage makes the readers raise
+            wrong = _first_line(error)
+        wrong = next((each for each in processes.exchange(wrong) if each is not None), None)
+        return found if found is not None and wrong is None else str(wrong)
+
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        _verify(self.folder / str(step))
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=items)["meta"]
         wanted = {name: _struct(leaf) for name, leaf in _named_leaves(abstract_state).items()}
@@ -127,24 +137,25 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(present))
         arrays = self._manager.restore(step, args=items)["state"]
         for name in wanted.keys() - present.keys():
-            arrays[name] = jax.device_put(np.zeros(wanted[name].shape, wanted[name].dtype), wanted[name].sharding)
+            zeros = np.zeros(wanted[name].shape, wanted[name].dtype)
+            arrays[name] = jax.make_array_from_callback(
+                zeros.shape, wanted[name].sharding, lambda index, x=zeros: x[index]
+            )
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta["extra"]
 
     def _set_aside(self, damage: Mapping[int, str], used: int) -> None:
         """Makes room for the steps that will be saved again, and says so."""
-        for step, reason in damage.items():
+        for step, reason in damage.items() if processes.first() else ():
             target = self.folder / DAMAGED / str(step)
             while target.exists():
                 target = target.with_name(target.name + "_")
             self._warn(
                 f"checkpoint {self.folder / str(step)} is damaged ({reason}): moved to {target}, step {used} is used"
             )
-            if jax.process_index() == 0:
-                target.parent.mkdir(exist_ok=True)
-                (self.folder / str(step)).rename(target)
-        if damage and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints moved")
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
         if damage:
+            processes.exchange("damaged checkpoints moved")
             self._manager.reload()
 
     def _seal(self) -> None:
@@ -212,6 +223,19 @@ def _score(folder: pathlib.Path) -> float | None:
         return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged: told about when it is restored
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None when nothing is."""
+    try:
+        _verify(folder)
+    except Exception as error:
+        return _first_line(error)
+    return None
 
 
 def _verify(folder: pathlib.Path) -> None:

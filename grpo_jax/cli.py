@@ -22,17 +22,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done (or stopped and saved), 2 bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        own, overrides = split_arguments(arguments)
+        own, overrides, started = split_arguments(arguments)
         options = parse(own)
-        return options.run(options, overrides)
+        if started and own[0] != "launch":
+            raise InputError(f"--: {own[0]} starts no other command: leave it out")
+        return options.run(options, started or overrides)
     except InputError as error:
         print(f"grpo-jax: {error}", file=sys.stderr)
         return 2
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and those that start with --config."""
-    own, overrides, rest = [], [], list(arguments)
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Our own arguments, those that start with --config, and all that comes after a --."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, overrides, rest, started = [], [], list(arguments[:end]), list(arguments[end + 1 :])
     while rest:
         item = rest.pop(0)
         if item == "--config" or item.startswith(("--config=", "--config.")):
@@ -41,7 +44,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
                 overrides.append(rest.pop(0))
         else:
             own.append(item)
-    return own, overrides
+    return own, overrides, started
 
 
 def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str, configs.Config]:
@@ -137,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
         made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
+        _add_place(made)
         if name == "sweep":
             made.add_argument("--only", default="", help="names of the configs to train, with commas; the others wait")
         if name == "train":
@@ -152,6 +156,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("action", choices=("train",), help="what to do with it")
     made.add_argument("--workdir", help="folder of the run (default: runs/<config name>_reward_model)")
     made.add_argument("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
+    _add_place(made)
+    made = command(
+        "launch", run_launch, "start a command as several processes of this machine: launch ... -- train ..."
+    )
+    made.add_argument("--processes", type=int, required=True, help="processes to start here; with GPUs one for each")
+    made.add_argument("--nodes", type=int, default=1, help="machines on which this command is given (default: 1)")
+    made.add_argument("--node", type=int, default=0, help="number of this machine, from 0 (default: 0)")
+    made.add_argument("--coordinator", default="", help="HOST:PORT of machine 0 (default: a free port here)")
+    made.add_argument("--restarts", type=int, default=0, help="times to start all anew after a loss (default: 0)")
     made = command("sample", run_sample, "print completions of a model, drawn by the sampler of training")
     made.add_argument("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
     made.add_argument("--prompt", required=True, action="append", help="text of a user's message; may be given again")
@@ -200,7 +213,7 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> int:
 
         dry_run(config)
         return 0
-    _set_up_jax(config)
+    _set_up_jax(config, options)
     from grpo_jax.recipes.grpo import run
 
     return _until_stopped(run, config, workdir)
@@ -209,7 +222,7 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> int:
 def run_sft(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax sft`."""
     name, config = _config(options, overrides)
-    _set_up_jax(config)
+    _set_up_jax(config, options)
     from grpo_jax.recipes.sft import run
 
     return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_sft"))
@@ -218,7 +231,7 @@ def run_sft(options: argparse.Namespace, overrides: list[str]) -> int:
 def run_dpo(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax dpo`."""
     name, config = _config(options, overrides)
-    _set_up_jax(config)
+    _set_up_jax(config, options)
     from grpo_jax.recipes.dpo import run
 
     return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_dpo"))
@@ -227,7 +240,7 @@ def run_dpo(options: argparse.Namespace, overrides: list[str]) -> int:
 def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax sweep`."""
     name, config = _config(options, overrides)
-    _set_up_jax(config)
+    _set_up_jax(config, options)
     from grpo_jax.recipes.sweep import chosen_configs, read_sweep, run
 
     sweep = read_sweep(_config_path(overrides), config)
@@ -237,27 +250,51 @@ def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _until_stopped(run: Callable[..., Any], config: Any, workdir: pathlib.Path) -> int:
+    """Runs a recipe as one of the processes of its job, if there are several, and leaves them as `run` ended."""
+    from grpo_jax import processes
     from grpo_jax.recipes.loop import Stopped
 
     try:
         run(config, workdir)
     except Stopped as stopped:
-        print(f"{stopped}. Run the same command again to go on.")
+        if processes.first():
+            print(f"{stopped}. Run the same command again to go on.")
+    except InputError as error:
+        if not processes.several():
+            raise
+        print(f"grpo-jax: process {processes.number()}: {error}", file=sys.stderr)
+        processes.give_up(2)
+    except Exception:
+        if not processes.several():
+            raise
+        processes.give_up(1, config.distributed.heartbeat_timeout)
+    processes.part()
     return 0
+
+
+def run_launch(options: argparse.Namespace, command: list[str]) -> int:
+    """`grpo-jax launch`."""
+    from grpo_jax.launcher import launch
+
+    if not command or command[0] not in ("train", "sft", "dpo", "sweep", "reward-model"):
+        raise InputError("launch: what is to be started comes after --: grpo-jax launch --processes 8 -- train ...")
+    given = (options.processes, options.nodes, options.node, options.coordinator, options.restarts)
+    return launch([sys.executable, "-m", "grpo_jax.cli", *command], *given, dict(os.environ))
 
 
 def run_reward_model(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax reward-model train`."""
     name, config = _config(options, overrides)
-    _set_up_jax(config)
-    from grpo_jax.recipes.loop import Stopped
+    _set_up_jax(config, options)
+    from grpo_jax import processes
     from grpo_jax.recipes.reward_model import run
 
-    try:
-        print(run(config, pathlib.Path(options.workdir or f"runs/{name}_reward_model")))
-    except Stopped as stopped:
-        print(f"{stopped}. Run the same command again to go on.")
-    return 0
+    def train(config: configs.Config, workdir: pathlib.Path) -> None:
+        folder = run(config, workdir)
+        if processes.first():
+            print(folder)
+
+    return _until_stopped(train, config, pathlib.Path(options.workdir or f"runs/{name}_reward_model"))
 
 
 def run_sample(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -427,10 +464,21 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> tuple[str, con
     return load_config(overrides)
 
 
-def _set_up_jax(config: configs.Config) -> None:
+def _add_place(made: argparse.ArgumentParser) -> None:
+    """The options by which one of several processes is told its place; a cluster or the environment tell it as well."""
+    made.add_argument("--coordinator", help="several processes: HOST:PORT of process 0 (or JAX_COORDINATOR_ADDRESS)")
+    made.add_argument("--num_processes", type=int, help="how many there are (or JAX_NUM_PROCESSES)")
+    made.add_argument("--process_id", type=int, help="number of this one, from 0 (or JAX_PROCESS_ID)")
+
+
+def _set_up_jax(config: configs.Config, options: argparse.Namespace | None = None) -> None:
+    from grpo_jax import processes
     from grpo_jax.parallel import set_up_process
 
     set_up_process(config.log.compilation_cache)
+    if options is not None:
+        place = processes.Place(options.coordinator, options.num_processes, options.process_id)
+        processes.join(place, config.distributed, os.environ)
 
 
 def _version() -> str:

@@ -457,6 +457,17 @@ class LogConfig:
     samples_every: int = option(10, "steps between completions written to samples.jsonl; 0: never")
     samples: int = option(8, "completions written each time")
     compilation_cache: str = option("auto", "folder of compiled programs; auto: the user's cache folder; empty: off")
+    watchdog_minutes: float = option(
+        30.0, "minutes without progress after which the stacks of all threads go to stderr and watchdog.txt; 0: never"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train as one; they find each other by the command line, the environment or the cluster."""
+
+    heartbeat_timeout: int = option(30, "seconds without a sign of life after which a process counts as lost")
+    join_timeout: int = option(300, "seconds in which all processes have to come together at the start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,6 +495,7 @@ class Config:
     eval: EvalConfig = option(EvalConfig(), "")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), "")
     log: LogConfig = option(LogConfig(), "")
+    distributed: DistributedConfig = option(DistributedConfig(), "")
 
     @property
     def completions(self) -> int:
@@ -673,7 +685,8 @@ def validate(config: Config, source: str = "config") -> None:
         "objective.sapo_temperature_neg objective.outer_iterations sampler.group_size data.pool_factor "
         "dpo.steps dpo.batch_size dpo.max_length dpo.beta "
         "rewards.repetition_ngram rewards.math_timeout "
-        "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency"
+        "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
+        "distributed.heartbeat_timeout distributed.join_timeout"
     ).split()
     for name in positive:
         require(value_of(c, name) > 0, name, "must be positive")
@@ -687,7 +700,7 @@ def validate(config: Config, source: str = "config") -> None:
         "objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
         "dpo.lr optim.routing_bias_rate rewards.workers rewards.length_budget "
-        "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second"
+        "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second log.watchdog_minutes"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")

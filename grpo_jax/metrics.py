@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax.config import LogConfig
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import whole
 
 Mean = tuple[Any, Any]
 """A mean that is not divided yet: (sum, count), scalars on the device or on the host."""
@@ -28,7 +29,7 @@ CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 class Fetcher:
-    """Brings device values to the host; `count` is the number of fetches so far."""
+    """Brings device values to the host, to each of several; `count` is the number of fetches so far."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -36,7 +37,7 @@ class Fetcher:
     def __call__(self, tree: Any) -> Any:
         """The tree with numpy leaves; waits for the programs that make them."""
         self.count += 1
-        return jax.device_get(tree)
+        return whole(tree)
 
 
 def merge(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> dict[str, Mean]:
@@ -97,7 +98,8 @@ class RunWriter:
 
     A new run (`resume_step=None`) starts with empty files; a resumed one keeps the lines up to `resume_step` and drops
     the later ones, which the run will write again. Each line is on disk when the call returns. A value that is not
-    finite is written as null. Raises InputError when wandb is asked for and not installed.
+    finite is written as null. Of several processes the first one writes, the others' writers do nothing. Raises
+    InputError when wandb is asked for and not installed.
     """
 
     def __init__(
@@ -108,9 +110,12 @@ class RunWriter:
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.workdir = pathlib.Path(workdir)
+        self._files = {}
+        self._wandb = self._events = None
+        if jax.process_index() > 0:
+            return
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._wandb = _open_wandb(self.workdir, config, run_config) if config.wandb != "off" else None
-        self._files = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
             drop_after(self.workdir / name, resume_step)
             self._files[name] = open(self.workdir / name, "a", encoding="utf-8")
@@ -156,6 +161,8 @@ class RunWriter:
         self.close()
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if name not in self._files:
+            return
         self._files[name].write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
         self._files[name].flush()
 

@@ -3,12 +3,14 @@
 import ctypes
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from grpo_jax.config import Config, MeshConfig, cache_folder
 from grpo_jax.errors import InputError
@@ -114,12 +116,14 @@ def place(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
     """The tree's leaves as arrays on the mesh, split by RULES, in `dtype` (None: each in its own).
 
     Leaves are numpy arrays, jax arrays, or anything with a shape that gives numbers when sliced: each host slices out
-    what its own devices hold, once, and nothing else.
+    what its own devices hold, once, and nothing else. An array of this host's devices alone is the same on all hosts.
     """
 
     def leaf(x: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(x, jax.Array):
+        if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
             return jax.device_put(x.astype(dtype or x.dtype), sharding)
+        if isinstance(x, jax.Array):
+            x = np.asarray(x)
         parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
 
         def part(index: Any) -> np.ndarray:
@@ -136,6 +140,52 @@ def place(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over data and fsdp."""
     return NamedSharding(mesh, ROWS)
+
+
+def put_rows(make: Callable[[Int[np.ndarray, "own"]], Any], count: int, sharding: NamedSharding) -> Any:
+    """`count` rows on the mesh, of which `make` is asked on each host for those that its devices hold, by number.
+
+    `make` gives a tree of numpy arrays with these rows on the axis that `sharding` splits.
+    """
+    axis = next(i for i, axes in enumerate(sharding.spec) if axes is not None)
+    cuts = sharding.addressable_devices_indices_map((1,) * axis + (count,)).values()
+    numbers = np.arange(count)
+    own = np.unique(np.concatenate([numbers[index[axis]] for index in cuts if index is not None]))
+
+    def leaf(x: np.ndarray) -> jax.Array:
+        shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+        indices = sharding.addressable_devices_indices_map(shape).items()
+        places = [(*index[:axis], np.searchsorted(own, numbers[index[axis]])) for _, index in indices]
+        # Transfers that are asked for: loops allow no others.
+        pieces = [jax.device_put(x[place], device) for place, (device, _) in zip(places, indices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return jax.tree.map(leaf, make(own))
+
+
+def scoring_process(count: int, mesh: Mesh) -> Int[np.ndarray, "B"]:
+    """Which process scores each of `count` rows: the one with the first device of those that hold it."""
+    firsts = mesh.devices.reshape(row_shards(mesh), -1)[:, 0]  # the axes of rows come first
+    return np.repeat([device.process_index for device in firsts], count // row_shards(mesh))
+
+
+def scored_rows(count: int, mesh: Mesh) -> Int[np.ndarray, "own"]:
+    """Numbers of those of `count` rows that this process scores."""
+    return np.flatnonzero(scoring_process(count, mesh) == jax.process_index())
+
+
+def whole(tree: Any) -> Any:
+    """The tree with numpy leaves, each in full on every host, whoever held its parts.
+
+    All processes must ask for it.
+    """
+
+    def gathered(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)  # a leaf at a time: no device holds two
+
+    return jax.device_get(jax.tree.map(gathered, tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,6 +4,7 @@ Model output is hostile: it is printed as text, never as markup, and its control
 """
 
 import contextlib
+import io
 import math
 import sys
 import time
@@ -41,9 +42,16 @@ PIPE_WIDTH = 120
 
 
 class Terminal:
-    """Prints a run to `out`, warnings to `err`; in a pipe a line every `every` steps instead of a live one."""
+    """Prints a run to `out`, warnings to `err`; in a pipe a line every `every` steps instead of a live one.
 
-    def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None, every: int = 10) -> None:
+    A `quiet` one prints nothing: of several processes the first one speaks.
+    """
+
+    def __init__(
+        self, out: IO[str] | None = None, err: IO[str] | None = None, every: int = 10, quiet: bool = False
+    ) -> None:
+        if quiet:
+            out = err = io.StringIO()
         out = sys.stdout if out is None else out
         assert out is not None
         # Notebooks get plain lines: they read as well there, and rich's live line needs a widget package. Their kernels

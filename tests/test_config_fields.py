@@ -28,7 +28,7 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax import cli, metrics
+from grpo_jax import cli, metrics, processes
 from grpo_jax.batches import join, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import (
     CodeConfig,
@@ -54,7 +54,7 @@ from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.ops.preference import dpo_losses
 from grpo_jax.optimizer import make_optimizer, make_schedule, move_routing_biases, split_routing_biases
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
-from grpo_jax.recipes import base, cold_start, dpo, grpo, reward_model, sft, supervised
+from grpo_jax.recipes import base, cold_start, dpo, grpo, loop, reward_model, sft, supervised
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
@@ -2007,10 +2007,10 @@ def test_time_budget(model, monkeypatch, tmp_path, rows_file):
     class Seen(Exception):
         pass
 
-    def stop(seconds):
+    def stop(seconds, watchdog):
         raise Seen(seconds)
 
-    monkeypatch.setattr(grpo, "Stop", stop)
+    monkeypatch.setattr(loop, "Stop", stop)
     monkeypatch.setattr(grpo, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     for budget, seconds in (("", None), ("2h", 7200.0)):
         fields = {"train.time_budget": budget, "model.path": model.source, "data.max_prompt_length": 8}
@@ -2171,6 +2171,37 @@ def test_samples(model, tmp_path):
         assert written == sample_rows(session, rollout, count)
         prompts = {row["prompt"] for row in session.prompts.rows}
         assert all(row["prompt"] in prompts and row["total"] == row["rewards"]["answer"] for row in written)
+
+
+@flips("log.watchdog_minutes")
+def test_watchdog_minutes(tmp_path):
+    """Silent for a tenth of a second: told of with a limit below that, not above, and not without one."""
+    for minutes, told in ((0.05 / 60, True), (60.0, False), (0.0, False)):
+        workdir = tmp_path / str(minutes)
+        workdir.mkdir()
+        with loop.open_stop(tiny.config(**{"log.watchdog_minutes": minutes}), workdir):
+            end = time.monotonic() + (10 if told else 0.1)
+            while not (workdir / "watchdog.txt").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        assert (workdir / "watchdog.txt").exists() == told
+
+
+@flips("distributed.heartbeat_timeout", "distributed.join_timeout")
+def test_distributed(monkeypatch, name):
+    """What jax.distributed is told, and what the error for processes that did not come says."""
+    calls = []
+
+    def initialize(*place, **options):
+        calls.append(options)
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for seconds in (7, 70):
+        config = tiny.config(**{name: seconds}).distributed
+        with pytest.raises(InputError, match=f"join_timeout={config.join_timeout} seconds"):
+            processes.join(processes.Place("localhost:1", 2, 1), config, {})
+    option = {"heartbeat_timeout": "heartbeat_timeout_seconds", "join_timeout": "initialization_timeout"}
+    assert [call[option[name.partition(".")[2]]] for call in calls] == [7, 70]
 
 
 @flips("log.compilation_cache")

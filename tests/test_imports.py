@@ -28,6 +28,9 @@ FLOORS = {
     "text": 0,
     "errors": 0,
     "terminal": 0,
+    "processes": 0,
+    "watchdog": 0,
+    "launcher": 7,
 }
 ROOF = 8  # the package's own __init__, which only hands out names
 

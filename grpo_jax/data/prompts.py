@@ -80,12 +80,21 @@ def row_order(draws: Int[np.ndarray, "n"], size: int, seed: int, shuffle: bool) 
 
 
 def make_batch(
-    prompt_set: PromptSet, first_draw: int, count: int, seed: int, shuffle: bool, max_prompt_length: int
+    prompt_set: PromptSet,
+    first_draw: int,
+    count: int,
+    seed: int,
+    shuffle: bool,
+    max_prompt_length: int,
+    only: Int[np.ndarray, "own"] | None = None,
 ) -> Prompts:
-    """Draws first_draw to first_draw + count - 1 as numpy arrays, prompts padded with 0 on the left."""
-    draws = first_draw + np.arange(count, dtype=np.int64)
+    """Draws first_draw to first_draw + count - 1 as numpy arrays, prompts padded with 0 on the left.
+
+    Of these `count` rows `only` names those that are made (None: all), by their places.
+    """
+    draws = first_draw + (np.arange(count, dtype=np.int64) if only is None else np.asarray(only, np.int64))
     chosen = row_order(draws, prompt_set.size, seed, shuffle)
-    return _prompts(prompt_set, draws, chosen, np.ones(count, np.float32), max_prompt_length)
+    return _prompts(prompt_set, draws, chosen, np.ones(len(draws), np.float32), max_prompt_length)
 
 
 def make_eval_batches(

@@ -5,6 +5,7 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
+from grpo_jax import processes
 from grpo_jax.config import Config
 from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
 from grpo_jax.data.prompts import build_prompt_set
@@ -12,6 +13,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.models.architecture import Architecture, llama
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import LoadedModel
+from grpo_jax.parallel import whole
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import Example, fine_tune
 from grpo_jax.recipes.supervised import save_model
@@ -34,15 +36,19 @@ def make_base(
             f"config: model.path='' makes a base for sums, and data.source={config.data.source!r}: name a model"
         )
     finished = workdir / DONE
-    if finished.is_dir():
+    if processes.on_first(finished.is_dir):
         return str(finished)
-    workdir.mkdir(parents=True, exist_ok=True)
     pairs = worked_sums(config.seed, config.base.worked_sums, config.data.digits, config.base.right_share)
     assert_disjoint(pairs, held_out)
     tokenizer_path = workdir / "tokenizer.model"
-    if not tokenizer_path.exists():
-        terminal.say("training a SentencePiece tokenizer on worked sums")
-        train_sentencepiece((p + c for p, c in pairs), config.base.vocabulary, SYMBOLS, str(tokenizer_path))
+
+    def make_tokenizer() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not tokenizer_path.exists():
+            terminal.say("training a SentencePiece tokenizer on worked sums")
+            train_sentencepiece((p + c for p, c in pairs), config.base.vocabulary, SYMBOLS, str(tokenizer_path))
+
+    processes.on_first(make_tokenizer)
     tokenizer = Tokenizer.from_sentencepiece(str(tokenizer_path))
     architecture = base_architecture(config, tokenizer)
     build_prompt_set(  # raises where held-out prompts break their budget: before anything is compiled
@@ -61,7 +67,7 @@ def make_base(
         )
     params = fine_tune(config, config.base.sft, module, params, examples, mesh, workdir / "sft", stop, terminal, "base")
     made = LoadedModel(architecture, {}, tokenizer, str(finished))
-    return save_model(finished, made, jax.device_get(params))
+    return save_model(finished, made, whole(params))
 
 
 def base_architecture(config: Config, tokenizer: Tokenizer) -> Architecture:

@@ -8,11 +8,11 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax import processes
 from grpo_jax.config import Config, RewardsConfig
 from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.errors import InputError
@@ -20,6 +20,7 @@ from grpo_jax.metrics import write_atomic
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.parallel import whole
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import fit, read_chats
@@ -45,12 +46,12 @@ def make_cold_start(
     """
     folder = workdir / "cold_start"
     finished = folder / "model"
-    if finished.is_dir():
+    if processes.on_first(finished.is_dir):
         return str(finished)
-    folder.mkdir(exist_ok=True)
+    processes.on_first(lambda: folder.mkdir(exist_ok=True))
     sft = config.cold_start.sft
     chats = pathlib.Path(sft.path or folder / "samples.jsonl")
-    if not sft.path and not chats.exists():
+    if not sft.path and not processes.on_first(chats.exists):
         terminal.say("cold start: sampling the model for right answers")
         write_samples(config, model, rows["train"], mesh, chats, stop, terminal)
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
@@ -58,7 +59,7 @@ def make_cold_start(
     collections = put_variables(config, model, mesh)
     given = (collections, examples, mesh, folder / "sft", stop, terminal, "cold start", about_base(config, model))
     trained = fit(config, sft, module, *given)
-    variables = jax.device_get({**collections[1], **trained})
+    variables = whole({**collections[1], **trained})
     if config.lora.rank:
         return save_adapters(finished, config, model, variables)
     return save_model(finished, model, variables["params"])
@@ -106,7 +107,8 @@ def write_samples(
             "from a stronger model"
         )
     terminal.say(f"cold start: {len(right)} of {len(records)} samples right, {len(lines)} prompts kept in {path}")
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    processes.on_first(lambda: write_atomic(path, text))
 
 
 def chat(record: dict) -> dict:

@@ -23,10 +23,9 @@ from grpo_jax.metrics import Mean, read_jsonl
 from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.preference import dpo_losses, sequence_logps
-from grpo_jax.parallel import row_sharding
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import Example
-from grpo_jax.recipes.supervised import descend, drawn_rows, supervised_optim, supervised_program, train_on_rows
+from grpo_jax.recipes.supervised import descend, drawn_batch, supervised_optim, supervised_program, train_on_rows
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
@@ -166,8 +165,7 @@ def prefer(
         return dpo_loss(module, policy, start, batch, dpo, config.model.logits_chunk)
 
     def batch(step: int) -> PreferenceBatch:
-        chosen = [pairs[i] for i in drawn_rows(config, dpo, step, len(pairs))]
-        return jax.device_put(make_preference_batch(chosen, dpo.max_length), row_sharding(mesh))
+        return drawn_batch(config, dpo, step, pairs, lambda own: make_preference_batch(own, dpo.max_length), mesh)
 
     reference = jax.tree.map(jnp.copy, trainable)  # buffers of its own: the state's are donated
     given = (trainable, (frozen, reference))

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from grpo_jax import processes
 from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
-from grpo_jax.parallel import row_sharding
+from grpo_jax.parallel import put_rows, row_sharding
 from grpo_jax.rewards.host import Record
 from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
@@ -96,10 +97,10 @@ class Evaluator:
         batches = make_eval_batches(self.prompts, at_once, self.parts.config.data.max_prompt_length, problems)
         for batch, prompts, rollout in self.rollouts(ready, batches, samples, temperature, top_p, step, between, top_k):
             scores = self.scorer.score_on_host(prompts, rollout, in_graph, fetch)
-            if host is not None and (error := host.take_error()):
-                raise error
-            told = Record() if host is None else host.take()
             found, scores = fetch((rollout, scores))
+            if host is not None and scores.failed.any():
+                processes.raise_any(host.take_error())
+            told = Record() if host is None else host.take().of_all()
             records += self._records(batch, found, scores, samples, told)
         return records
 
@@ -127,7 +128,8 @@ class Evaluator:
         noise = noise_key(self.parts.config.seed, EVALUATION, step)
         for batch in batches:
             between()
-            prompts = jax.device_put(batch, row_sharding(self.parts.mesh))
+            count, rows = len(batch.row), row_sharding(self.parts.mesh)
+            prompts = put_rows(lambda own, batch=batch: jax.tree.map(lambda x: x[own], batch), count, rows)
             yield batch, prompts, program(ready, prompts, noise)
 
     def ready(self, variables: Any) -> Any:

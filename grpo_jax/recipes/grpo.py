@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax import processes
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, config_file, from_dict, parse_duration, read_config_file
+from grpo_jax.config import Config, config_file, from_dict, read_config_file
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch, row_order
 from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
@@ -31,11 +32,11 @@ from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
 from grpo_jax.models.weights import StoredLeaf
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import check_batch, make_mesh, place, row_sharding, set_up_process
+from grpo_jax.parallel import check_batch, make_mesh, place, put_rows, row_sharding, scored_rows, set_up_process, whole
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
-from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_workdir
+from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_stop, open_terminal, open_workdir
 from grpo_jax.recipes.supervised import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
 from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
@@ -96,15 +97,14 @@ def run(
     Raises InputError for bad input and Stopped when it was asked to end before its time.
     """
     began = time.perf_counter()
-    terminal = terminal or Terminal()
+    terminal = terminal or open_terminal()
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     check_workdir(workdir, config)
     rows = {split: read_rows(config, split, dataset) for split in ("train", "eval")}
     model = check_inputs(config, rows, mesh, rewards)
     open_workdir(workdir, config)
-    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
-    with Stop(budget) as stop, CompileCounter() as compiles, terminal:
+    with open_stop(config, workdir) as stop, CompileCounter() as compiles, terminal:
         model = starting_model(config, model, rows, mesh, workdir, stop, terminal)
         parts, prompts, evaluator = prepare(config, model, rows, mesh, rewards)
         terminal.announce(
@@ -118,7 +118,7 @@ def run(
         try:
             state = session.train(model)
             if config.lora.rank:
-                fetched = jax.device_get({**state.frozen, **state.trainable})
+                fetched = whole({**state.frozen, **state.trainable})
                 terminal.say(f"adapters for PEFT: {save_adapters(workdir / 'adapter', config, model, fetched)}")
             return session.finish(state, began)
         finally:
@@ -318,8 +318,8 @@ class Session:
         """The prompts of a step: a function of the seed and the step alone."""
         data = self.config.data
         count = data.pool_factor * data.prompts_per_step
-        batch = make_batch(self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length)
-        return jax.device_put(batch, row_sharding(self.parts.mesh))
+        given = (self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length)
+        return put_rows(lambda own: make_batch(*given, own), count, row_sharding(self.parts.mesh))
 
     def train(self, model: LoadedModel) -> TrainState:
         """From the newest checkpoint, or from the start, to the last step."""
@@ -335,12 +335,10 @@ class Session:
                 check_base(restored[1], about, self.workdir, config.model.path)
                 state = restored[0].replace(frozen=state.frozen)
                 self.terminal.say(f"going on after step {first} of {total}")
-                lines = read_jsonl(self.workdir / "metrics.jsonl")
-                self.best = max(
-                    (x.get("eval/pass@1", self.best) for x in lines if x["step"] <= first), default=self.best
-                )
+                self.best = max([self.best, *processes.on_first(lambda: self.scores_until(first))])
             with RunWriter(self.workdir, config.log, first or None, dataclasses.asdict(config)) as writer:
                 if first < total:
+                    self.stop.progress("compiling the step")
                     with self.terminal.compiling("the step"):
                         program.compile(state, self.batch(first))
                 recorder = Recorder(self, writer, program)
@@ -359,14 +357,20 @@ class Session:
                 )
                 return loop.run(state, first)
 
+    def scores_until(self, step: int) -> list[float]:
+        """The held-out scores that metrics.jsonl holds up to a step."""
+        lines = read_jsonl(self.workdir / "metrics.jsonl")
+        return [line["eval/pass@1"] for line in lines if line["step"] <= step and line.get("eval/pass@1") is not None]
+
     def measure_once(self, name: str, state: TrainState, step: int) -> dict[str, Any]:
         """The held-out scores of the `before` or `after` table, read from their file when they are there.
 
         Raises Stopped when the run is asked to end: all training so far is saved then.
         """
         path = self.workdir / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        known = processes.on_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+        if known is not None:
+            return known
         config = self.config.eval
         self.terminal.say(f"evaluating {name} training on held-out problems")
         variables = {**state.frozen, **state.trainable}
@@ -379,10 +383,11 @@ class Session:
         found["greedy"] = self.evaluator.greedy(variables, config.final_problems, step, between)
         if config.majority == 0:
             found.pop("majority", None)
-        with open(self.workdir / f"{name}.samples.jsonl", "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps({**record, "right": bool(record["right"])}, ensure_ascii=False) + "\n")
-        write_json_atomic(path, found)
+        if processes.first():
+            with open(self.workdir / f"{name}.samples.jsonl", "w", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps({**record, "right": bool(record["right"])}, ensure_ascii=False) + "\n")
+            write_json_atomic(path, found)
         return found
 
     def evaluate(self, done: int, state: TrainState) -> dict[str, float]:
@@ -417,9 +422,12 @@ class Session:
             "versions": versions(),
             "device": jax.devices()[0].device_kind,
             "devices": self.parts.mesh.size,
+            "processes": jax.process_count(),
             "platform": platform.platform(),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+        if not processes.first():
+            return summary
         write_json_atomic(self.workdir / "summary.json", summary)
         from grpo_jax.report import write_report  # here: matplotlib takes a second
 
@@ -459,14 +467,14 @@ class Recorder:
         s, config = self.session, self.session.config
         host = s.parts.scorer.host
         fetched: Metrics = s.fetch(metrics)
-        if host is not None and (error := host.take_error()):
-            raise error
+        if host is not None and fetched.failed:
+            processes.raise_any(host.take_error())
         phases = self.phases.popleft() if self.phases else {}
         seconds = sum(phases.values()) or seconds
         line = divide(fetched.means)
         tokens = line.pop("tokens")
         scored = round(config.completions * line.get("pool/rounds", 1.0))
-        told = Record() if host is None else host.take(scored // jax.process_count())
+        told = Record() if host is None else host.take(len(scored_rows(scored, s.parts.mesh))).of_all()
         line |= found | {
             "seconds/step": seconds,
             "tokens_per_second": tokens / seconds,
@@ -490,10 +498,10 @@ class Recorder:
         """Keeps the batch of an update that was not finite, says where it began, and stops after too many."""
         s = self.session
         leaves = jax.tree_util.tree_flatten_with_path(s.fetch(rollout))[0]
-        folder = s.workdir / "nonfinite"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step_{done}.npz"
-        np.savez(path, **{jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves})
+        path = s.workdir / "nonfinite" / f"step_{done}.npz"
+        if processes.first():
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **{jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves})
         names = [path for path, flag in zip(self.program.paths, metrics.nonfinite, strict=True) if flag]
         where = f"first in the gradient of {names[0]}" if names else "in the loss"
         s.terminal.warn(f"step {done}: an update was not finite ({where}) and was skipped; its batch is in {path}")

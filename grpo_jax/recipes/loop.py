@@ -15,12 +15,24 @@ from typing import Any
 
 import jax
 
+from grpo_jax import processes
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, to_json
+from grpo_jax.config import Config, parse_duration, to_json
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import write_atomic
+from grpo_jax.terminal import Terminal
+from grpo_jax.watchdog import Watchdog
 
-MAY_CHANGE = ("train.time_budget", "log.", "checkpoint.every", "checkpoint.keep", "eval.alarm_drop")
+# Another mesh splits the same work in another way, on other devices or hosts.
+MAY_CHANGE = (
+    "train.time_budget",
+    "log.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.alarm_drop",
+    "mesh.",
+    "distributed.",
+)
 TEMPORARY = ".*.tmp"  # what a kill in the middle of write_atomic leaves
 
 
@@ -29,20 +41,32 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether the run was asked to end: by SIGTERM or SIGINT, or because its time is up."""
+    """Whether the run was asked to end: by SIGTERM or SIGINT, or because its time is up.
 
-    def __init__(self, seconds: float | None):
+    Several processes have to end at the same place: whoever is asked first asks the others, and all go on until the
+    place that they agree upon. `watchdog` hears of progress whenever someone asks for a reason.
+    """
+
+    def __init__(self, seconds: float | None, watchdog: Watchdog | None = None):
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._signal: int | None = None
         self._earlier: dict[int, Any] = {}
+        self._watchdog = watchdog
+        self._asked = 0
+        self._spread = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            # SIGTERM of several processes is jax's, which tells the others.
+            for number in (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT):
                 self._earlier[number] = signal.signal(number, self._on_signal)
+        if self._watchdog is not None:
+            self._watchdog.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watchdog is not None:
+            self._watchdog.__exit__()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
@@ -51,8 +75,29 @@ class Stop:
             raise KeyboardInterrupt
         self._signal = number
 
+    def progress(self, doing: str) -> None:
+        """Tells the watchdog what begins now."""
+        if self._watchdog is not None:
+            self._watchdog.progress(doing)
+
     def reason(self, needed: float = 0.0) -> str | None:
-        """Why to stop now, or None; `needed` is how many seconds going on takes at least."""
+        """Why to stop now, or None; `needed` is how many seconds going on takes at least.
+
+        All processes must ask at the same places.
+        """
+        own = self._own_reason(needed)
+        if not processes.several():
+            return own
+        self._asked += 1
+        if own is not None and not self._spread:
+            self._spread = True
+            processes.ask_all_to_stop()
+        if not processes.told_to_stop(self._asked):
+            return None
+        found = [reason for reason in processes.exchange(own) if reason is not None]
+        return found[0] if found else signal.SIGTERM.name
+
+    def _own_reason(self, needed: float) -> str | None:
         if self._signal is not None:
             return signal.Signals(self._signal).name
         if self._deadline is not None and time.monotonic() + needed > self._deadline:
@@ -61,21 +106,58 @@ class Stop:
 
     def check(self, where: str, needed: float = 0.0) -> None:
         """Raises Stopped when there is a reason to stop; for places where all that is done is saved."""
+        self.progress(where)
         if reason := self.reason(needed):
             raise Stopped(f"stopped by {reason} {where}")
 
 
+def open_stop(config: Config, workdir: pathlib.Path) -> Stop:
+    """What ends a run early, with the watchdog that tells where it hangs."""
+    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
+    number = f".{jax.process_index()}" if processes.several() else ""
+    return Stop(budget, Watchdog(config.log.watchdog_minutes, workdir / f"watchdog{number}.txt"))
+
+
+def open_terminal() -> Terminal:
+    """The terminal of a run: of several processes the first one speaks."""
+    return Terminal(quiet=not processes.first())
+
+
 def open_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the folder of a run, or takes up the run that is in it; raises InputError as `check_workdir`."""
-    check_workdir(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    for path in workdir.glob(TEMPORARY):
-        path.unlink()
-    write_atomic(workdir / "config.json", to_json(config) + "\n")
+    """Makes the folder of a run, or takes up the run that is in it; raises InputError as `check_workdir`.
+
+    Process 0 does so; raises InputError too where another one does not see that folder.
+    """
+    text = to_json(config) + "\n"
+
+    def make() -> None:
+        _check_workdir(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        for path in workdir.glob(TEMPORARY):
+            path.unlink()
+        write_atomic(workdir / "config.json", text)
+
+    processes.on_first(make)
+    if not processes.several():
+        return
+    path = workdir / "config.json"
+    seen = path.is_file() and path.read_text(encoding="utf-8") == text
+    processes.raise_any(
+        None
+        if seen
+        else InputError(
+            f"--workdir {workdir}: process {jax.process_index()} does not see what process 0 wrote there, or has "
+            "another config: name a folder that all hosts share, and start all with the same arguments"
+        )
+    )
 
 
 def check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Raises InputError when a folder holds something else than a run, or a run with another config; writes nothing."""
+    processes.on_first(lambda: _check_workdir(workdir, config))
+
+
+def _check_workdir(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if not path.exists():
         if workdir.exists() and not workdir.is_dir():
@@ -155,6 +237,7 @@ class Loop:
             self.stop.check(f"before step {first + 1} of {self.steps}")
         mark = time.perf_counter()
         for step in range(first, self.steps):
+            self.stop.progress(f"step {step + 1} of {self.steps}")
             with jax.profiler.StepTraceAnnotation("step", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics, details = self.program(state, self.batch(step))
             if waiting is not None:
@@ -168,6 +251,7 @@ class Loop:
             reason = self.stop.reason(2 * slowest + pause)
             if last or evaluate or reason or (self.save_every > 0 and done % self.save_every == 0):
                 seconds, mark = self._seconds(metrics, mark)
+                self.stop.progress(f"what follows step {done}: recording, evaluating, saving")
                 found = self.evaluate(done, state) if evaluate else {}
                 self.record(*waiting, found, seconds)
                 waiting = None

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from grpo_jax import processes
 from grpo_jax.config import Config, TextConfig
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, Mean, divide, read_jsonl, write_json_atomic
@@ -19,11 +20,11 @@ from grpo_jax.models.heads import init_head, save_head
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.ops.masked import safe_divide
-from grpo_jax.parallel import make_mesh, place, row_sharding
-from grpo_jax.recipes.loop import Stop
+from grpo_jax.parallel import make_mesh, place, put_rows, row_sharding, whole
+from grpo_jax.recipes.loop import Stop, open_terminal
 from grpo_jax.recipes.supervised import (
     descend,
-    drawn_rows,
+    drawn_batch,
     open_model,
     open_run,
     supervised_optim,
@@ -147,11 +148,12 @@ def measure(
         with jax.default_matmul_precision(config.model.matmul_precision):
             return preference_loss(module, variables, batch)[1]
 
-    compiled = jax.jit(program)
+    compiled, split = jax.jit(program), row_sharding(mesh)
     found: dict[str, Any] = {}
     for start in range(0, len(rows), given.batch_size):
         piece = rows[start : start + given.batch_size]
-        batch = jax.device_put(make_preference_batch(piece, given.batch_size, given.max_length), row_sharding(mesh))
+        made = make_preference_batch(piece, given.batch_size, given.max_length)
+        batch = put_rows(lambda own, made=made: jax.tree.map(lambda x: x[own], made), given.batch_size, split)
         for name, (total, count) in fetch(compiled(variables, batch)).items():
             before = found.get(name, (0.0, 0.0))
             found[name] = (before[0] + float(total), before[1] + float(count))
@@ -175,8 +177,10 @@ def fit(
         return preference_loss(module, variables, batch)
 
     def batch(step: int) -> PreferenceBatch:
-        chosen = [rows[i] for i in drawn_rows(config, given, step, len(rows))]
-        return jax.device_put(make_preference_batch(chosen, given.batch_size, given.max_length), row_sharding(mesh))
+        def make(own: list[Preference]) -> PreferenceBatch:
+            return make_preference_batch(own, len(own), given.max_length)
+
+        return drawn_batch(config, given, step, rows, make, mesh)
 
     collections = (variables, {})
     program = supervised_program(config, supervised_optim(given), given.steps, loss, collections, mesh)
@@ -189,7 +193,7 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     Held-out accuracy before and after is in summary.json. Raises InputError for bad input and Stopped when it was
     asked to end before its time.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or open_terminal()
     given = config.reward_model
     if config.lora.rank:
         raise InputError(f"config: lora.rank={config.lora.rank}: a reward model is trained whole; set lora.rank=0")
@@ -206,9 +210,10 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
         variables = fit(config, module, variables, rows, mesh, workdir, stop, terminal)
         after = measure(config, module, variables, held, mesh)
     summary = {"kind": kind, "rows": len(rows), "held_out": len(held), "before": before, "after": after}
-    write_json_atomic(workdir / "summary.json", summary)
+    if processes.first():
+        write_json_atomic(workdir / "summary.json", summary)
     terminal.say(f"held-out accuracy {before['accuracy']:.3f} before, {after['accuracy']:.3f} after")
-    return save_reward_model(workdir / "model", model, jax.device_get(variables))
+    return save_reward_model(workdir / "model", model, whole(variables))
 
 
 def read_splits(config: Config, tokenizer: Tokenizer) -> tuple[list[Preference], list[Preference]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -20,9 +19,9 @@ from grpo_jax.metrics import Mean, read_jsonl
 from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.masked import safe_divide
-from grpo_jax.parallel import row_sharding
+from grpo_jax.parallel import place
 from grpo_jax.recipes.loop import Stop
-from grpo_jax.recipes.supervised import descend, drawn_rows, supervised_optim, supervised_program, train_on_rows
+from grpo_jax.recipes.supervised import descend, drawn_batch, supervised_optim, supervised_program, train_on_rows
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_chat
 
@@ -130,7 +129,8 @@ def fine_tune(
     name: str,
 ) -> Any:
     """Parameters after `sft.steps` steps from `params`; checkpoints and metrics lie in `workdir`."""
-    return fit(config, sft, module, ({"params": params}, {}), examples, mesh, workdir, stop, terminal, name)["params"]
+    collections = (place({"params": params}, mesh), {})
+    return fit(config, sft, module, collections, examples, mesh, workdir, stop, terminal, name)["params"]
 
 
 def fit(
@@ -155,11 +155,9 @@ def fit(
         return sft_loss(module, {**frozen, **trainable}, batch, config.model.logits_chunk)
 
     packs = pack(examples, sft.max_length, config.seed)
-    rows = row_sharding(mesh)
 
     def batch(step: int) -> SftBatch:
-        chosen = [packs[i] for i in drawn_rows(config, sft, step, len(packs))]
-        return jax.device_put(make_sft_batch(examples, chosen, sft.max_length), rows)
+        return drawn_batch(config, sft, step, packs, lambda own: make_sft_batch(examples, own, sft.max_length), mesh)
 
     program = supervised_program(config, supervised_optim(sft), sft.steps, loss, collections, mesh)
     return descend(config, sft.steps, program, collections, batch, workdir, stop, terminal, name, about)

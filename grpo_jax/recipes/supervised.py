@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from grpo_jax import processes
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import (
     Config,
@@ -25,7 +26,6 @@ from grpo_jax.config import (
     RewardModelTrainingConfig,
     SftConfig,
     TextConfig,
-    parse_duration,
 )
 from grpo_jax.data.prompts import row_order
 from grpo_jax.errors import InputError
@@ -36,8 +36,8 @@ from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.models.lora import ADAPTERS, fingerprint, merge, split_variables
 from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, place, replicated, row_sharding, row_shards, shardings
-from grpo_jax.recipes.loop import Loop, Stop, check_base, open_workdir
+from grpo_jax.parallel import make_mesh, place, put_rows, replicated, row_sharding, row_shards, shardings, whole
+from grpo_jax.recipes.loop import Loop, Stop, check_base, open_stop, open_terminal, open_workdir
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer
 
@@ -114,6 +114,7 @@ def descend(
         state = restored[0] if restored else start(trainable)
         if first == steps:
             return state.trainable
+        stop.progress(f"compiling {name}")
         with terminal.compiling(name):
             compiled = functools.partial(program.lower(fixed, abstract, batch(first)).compile(), fixed)
         fetch = Fetcher()
@@ -136,6 +137,14 @@ def drawn_rows(config: Config, options: Options, step: int, count: int) -> list[
     return row_order(draws, count, config.seed, True).tolist()
 
 
+def drawn_batch(
+    config: Config, options: Options, step: int, rows: Sequence[Any], make: Callable[[list[Any]], Any], mesh: Mesh
+) -> Any:
+    """What `make` gives for the rows of a step, on the mesh; each host makes the rows that its devices hold."""
+    chosen = drawn_rows(config, options, step, len(rows))
+    return put_rows(lambda own: make([rows[chosen[i]] for i in own]), options.batch_size, row_sharding(mesh))
+
+
 def open_model(config: Config, options: Options, name: str, mesh: Mesh) -> LoadedModel:
     """The model to train, with the end tokens of the config; raises InputError before anything is read."""
     if not config.model.path:
@@ -152,9 +161,8 @@ def open_model(config: Config, options: Options, name: str, mesh: Mesh) -> Loade
 def open_run(config: Config, model: LoadedModel, workdir: pathlib.Path) -> tuple[Decoder, Stop]:
     """The decoder, and what ends the run when its time is up; the workdir becomes this run's."""
     open_workdir(workdir, config)
-    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
     module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
-    return module, Stop(budget)
+    return module, open_stop(config, workdir)
 
 
 def train_on_rows(
@@ -171,7 +179,7 @@ def train_on_rows(
     `train` is called with (module, collections, rows, mesh, workdir, stop, terminal, name, what checkpoints say of a
     frozen base). Raises InputError for bad input and Stopped when it was asked to end before its time.
     """
-    terminal, mesh = terminal or Terminal(), make_mesh(config.mesh)
+    terminal, mesh = terminal or open_terminal(), make_mesh(config.mesh)
     model = open_model(config, options, name, mesh)
     rows = read(options.path, config.text, model.tokenizer, options.max_length)
     module, stop = open_run(config, model, workdir)
@@ -179,7 +187,7 @@ def train_on_rows(
     with stop, terminal:
         collections = put_variables(config, model, mesh)
         trained = train(module, collections, rows, mesh, workdir, stop, terminal, name, about_base(config, model))
-    return save_trained(workdir, config, model, jax.device_get({**collections[1], **trained}))
+    return save_trained(workdir, config, model, whole({**collections[1], **trained}))
 
 
 def put_variables(config: Config, model: LoadedModel, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,10 +225,14 @@ def save_model(folder: pathlib.Path, model: LoadedModel, params: Any) -> str:
 
 
 def written_whole(folder: pathlib.Path, write: Callable[[str], None]) -> str:
-    """The folder that `write` fills, there whole or not at all; a finished one is left as it is."""
-    if not folder.is_dir():
-        making = folder.with_name(f"{folder.name}.making")
-        shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one
-        write(str(making))
-        making.rename(folder)
+    """The folder that `write` fills, there whole or not at all; a finished one is left as it is. Process 0 writes."""
+
+    def make() -> None:
+        if not folder.is_dir():
+            making = folder.with_name(f"{folder.name}.making")
+            shutil.rmtree(making, ignore_errors=True)  # a kill may have left half of one
+            write(str(making))
+            making.rename(folder)
+
+    processes.on_first(make)
     return str(folder)

@@ -20,17 +20,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from grpo_jax import processes
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, from_dict, load_config_module, parse_duration
+from grpo_jax.config import Config, from_dict, load_config_module
 from grpo_jax.data.prompts import PromptSet, make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
 from grpo_jax.models.loading import LoadedModel, load_model
-from grpo_jax.parallel import ROWS, check_batch, make_mesh, replicated, shardings
+from grpo_jax.parallel import ROWS, check_batch, make_mesh, place, put_rows, replicated, shardings
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import initial_state, prepare, read_rows, with_end_tokens
-from grpo_jax.recipes.loop import Loop, Stop, check_workdir, open_workdir
+from grpo_jax.recipes.loop import Loop, Stop, check_workdir, open_stop, open_terminal, open_workdir
 from grpo_jax.rewards.scorer import Scorer, build_scorer
 from grpo_jax.sampler.types import Prompts, Rollout
 from grpo_jax.step import Metrics, StepParts, TrainState, train_step
@@ -90,7 +91,7 @@ def run(config: Config, workdir: pathlib.Path, sweep: Sweep, terminal: Terminal 
 
     Raises InputError for bad input and Stopped when it was asked to end before its time.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or open_terminal()
     mesh = make_mesh(config.mesh)
     for each in sweep.configs.values():
         check_batch(each, mesh)
@@ -99,8 +100,7 @@ def run(config: Config, workdir: pathlib.Path, sweep: Sweep, terminal: Terminal 
         refuse_host_rewards(build_scorer(each.rewards, [b""], rows["train"], lambda ids: "", mesh))
     model = with_end_tokens(load_model(config.model.path), config) if config.model.path else None
     open_workdir(workdir, config)
-    budget = parse_duration(config.train.time_budget) if config.train.time_budget else None
-    with Stop(budget) as stop, terminal:
+    with open_stop(config, workdir) as stop, terminal:
         if model is None:
             path = make_base(config, rows["eval"], mesh, workdir / "base", stop, terminal)
             model = with_end_tokens(load_model(path), config)
@@ -108,10 +108,14 @@ def run(config: Config, workdir: pathlib.Path, sweep: Sweep, terminal: Terminal 
             terminal.say(f"{name}: {len(sweep.seeds)} seeds in one program")
             train_seeds(sweep.configs[name], sweep.seeds, model, rows, mesh, workdir / name, stop, terminal)
             terminal.end_steps()
-    table = run_table(workdir, sweep)
-    write_json_atomic(workdir / "runs.json", table)
-    terminal.say(f"{len(table)} runs: {workdir / 'runs.json'}, {plot(workdir, sweep)}")
-    return table
+
+    def finish() -> list[dict[str, Any]]:
+        table = run_table(workdir, sweep)
+        write_json_atomic(workdir / "runs.json", table)
+        terminal.say(f"{len(table)} runs: {workdir / 'runs.json'}, {plot(workdir, sweep)}")
+        return table
+
+    return processes.on_first(finish)
 
 
 def seeds_step(
@@ -133,7 +137,7 @@ class SeedsProgram:
         refuse_host_rewards(parts.scorer)
         layout = jax.tree.map(lambda x: x.sharding, states)
         rows, whole = seed_rows(parts.mesh), replicated(parts.mesh)
-        self.seeds = jax.device_put(np.asarray(seeds, np.int32), whole)
+        self.seeds = place(np.asarray(seeds, np.int32), parts.mesh)
 
         def program(seeds: Array, states: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
             with jax.default_matmul_precision(parts.config.model.matmul_precision):
@@ -179,8 +183,13 @@ def seed_batches(parts: StepParts, prompts: PromptSet, seeds: Sequence[int], ste
     """The prompts of a step of every seed, on the devices; those of a single run of each seed."""
     data = parts.config.data
     count = data.pool_factor * data.prompts_per_step
-    each = [make_batch(prompts, step * count, count, seed, data.shuffle, data.max_prompt_length) for seed in seeds]
-    return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *each), seed_rows(parts.mesh))
+
+    def make(own: np.ndarray) -> Prompts:
+        rest = (data.shuffle, data.max_prompt_length, own)
+        each = [make_batch(prompts, step * count, count, seed, *rest) for seed in seeds]
+        return jax.tree.map(lambda *x: np.stack(x), *each)
+
+    return put_rows(make, count, seed_rows(parts.mesh))
 
 
 def train_seeds(
@@ -196,7 +205,7 @@ def train_seeds(
     """All seeds of one config, from the newest checkpoint to the last step; each seed's metrics in its own folder."""
     done = workdir / "summary.json"
     check_workdir(workdir, config)
-    if done.exists():
+    if processes.on_first(done.exists):
         return
     open_workdir(workdir, config)
     parts, prompts, evaluator = prepare(config, model, rows, mesh)
@@ -238,7 +247,8 @@ def train_seeds(
         "resumed_at": first,
         "pass@1": dict(zip(seeds, scores, strict=True)),
     }
-    write_json_atomic(done, told)
+    if processes.first():
+        write_json_atomic(done, told)
 
 
 def held_out(evaluator: Evaluator, config: Config, states: TrainState, index: int, stop: Stop) -> float:

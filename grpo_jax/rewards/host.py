@@ -21,6 +21,7 @@ from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax import processes
 from grpo_jax.errors import InputError
 from grpo_jax.rewards.pool import LOADING, Pool, Pooled
 from grpo_jax.rewards.worker import KEYWORDS, Reply, TrainerState, invoke, short
@@ -74,6 +75,22 @@ class Record:
             self.failures.setdefault(name, []).extend(found)
         for name, values in other.metrics.items():
             self.metrics.setdefault(name, []).extend(values)
+
+    def of_all(self) -> "Record":
+        """What the records of all processes hold together; the seconds are those of the slowest."""
+        if not processes.several():
+            return self
+        fields = dataclasses.asdict(self) | {"extra": [(*key, values) for key, values in self.extra.items()]}
+        joined, told = Record(), processes.exchange(fields)
+        for fields in told:
+            failures = {
+                name: [((row, tuple(ids)), line) for (row, ids), line in found]
+                for name, found in fields["failures"].items()
+            }
+            extra = {(row, tuple(ids)): values for row, ids, values in fields["extra"]}
+            joined.add(Record(**fields | {"failures": failures, "extra": extra}))
+        joined.seconds = max(fields["seconds"] for fields in told)
+        return joined
 
 
 class HostRewards:

@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from grpo_jax import processes
 from grpo_jax.config import RewardsConfig
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import put_rows, row_sharding, scored_rows, scoring_process
 from grpo_jax.rewards import host as host_rewards
 from grpo_jax.rewards import judge, languages, mathematics
 from grpo_jax.rewards.code import code_reward
@@ -87,7 +90,7 @@ class Scorer:
         in_graph: Callable[[Prompts, Rollout], InGraph] | None = None,
         fetch: Callable[[Any], Any] = jax.device_get,
     ) -> Scores:
-        """The same scores with host rewards called from Python, for staged mode.
+        """The same scores with host rewards called from Python, for staged mode; each process scores its own rows.
 
         `in_graph` is `score_in_graph` jitted by the caller (None runs it eagerly); `fetch` brings arrays to the host.
         """
@@ -97,10 +100,15 @@ class Scorer:
                 return self._merge(found, None, rollout)
             wanted = (prompts.row, rollout.group, rollout.tokens, rollout.lengths, rollout.weight, rollout.draw)
             row, group, tokens, lengths, weight, draw = fetch(wanted)
-            real = weight > 0  # a judge is not asked about filler
+            own = scored_rows(len(weight), self.mesh)
+            real = own[weight[own] > 0]  # a judge is not asked about filler
             raw = np.full((len(weight), len(self.host.functions)), host_rewards.NOT_APPLICABLE)
             raw[real] = self.host.call(row[group][real], tokens[real], lengths[real], draw[real])
-            return self._merge(found, host_rewards.decoded(jnp.asarray(raw)), rollout)
+            if processes.several():
+                all_raw = multihost_utils.process_allgather(raw)  # [processes, B, C]
+                raw = all_raw[scoring_process(len(weight), self.mesh), np.arange(len(weight))]
+            placed = put_rows(lambda rows: raw[rows], len(weight), row_sharding(self.mesh))
+            return self._merge(found, host_rewards.decoded(placed), rollout)
 
     def score_in_graph(self, prompts: Prompts, rollout: Rollout, variables: Mapping[str, Any] | None = None) -> InGraph:
         """(values, valid) of the in-graph components alone, in config order; those that read others come later."""
