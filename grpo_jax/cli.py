@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done (or stopped and saved), 2 bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        own, overrides, started = split_arguments(arguments)
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        (own, overrides), started = split_arguments(arguments[:end]), arguments[end + 1 :]
         options = parse(own)
         if started and own[0] != "launch":
             raise InputError(f"--: {own[0]} starts no other command: leave it out")
@@ -32,10 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Our own arguments, those that start with --config, and all that comes after a --."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    own, overrides, rest, started = [], [], list(arguments[:end]), list(arguments[end + 1 :])
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and those that start with --config."""
+    own, overrides, rest = [], [], list(arguments)
     while rest:
         item = rest.pop(0)
         if item == "--config" or item.startswith(("--config=", "--config.")):
@@ -44,7 +44,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[st
                 overrides.append(rest.pop(0))
         else:
             own.append(item)
-    return own, overrides, started
+    return own, overrides
 
 
 def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str, configs.Config]:

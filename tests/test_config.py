@@ -106,7 +106,7 @@ POSITIVE = (
     "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
     "data.pool_factor dpo.steps dpo.batch_size dpo.max_length dpo.beta rewards.code.seconds "
     "rewards.code.output_kb lora.alpha reward_model.steps rewards.model_judge.max_new_tokens "
-    "reward_model.batch_size reward_model.max_length"
+    "reward_model.batch_size reward_model.max_length distributed.heartbeat_timeout distributed.join_timeout"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size train.pack_prompts objective.reference_every objective.beta objective.epsilon_high "
@@ -118,7 +118,7 @@ NOT_NEGATIVE = (
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
     "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second "
     "ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank rewards.code.files_mb rewards.code.parallel "
-    "optim.routing_bias_rate reward_model.lr"
+    "optim.routing_bias_rate reward_model.lr log.watchdog_minutes"
 ).split()
 
 

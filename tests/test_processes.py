@@ -233,61 +233,81 @@ def test_a_reason_to_stop_waits_for_the_place_that_all_agree_on(monkeypatch):
 # The launcher.
 
 
-def commands(tmp_path: pathlib.Path, text: str) -> list[str]:
-    (tmp_path / "worker.py").write_text(text)
-    return [sys.executable, "-S", str(tmp_path / "worker.py")]
+LAUNCHER = """
+import os, sys
+from grpo_jax import launcher
+launcher.ALONE = 0.3
+text, count, nodes, node, coordinator, restarts = sys.argv[1:]
+command = [sys.executable, "-S", "-c", text]
+sys.exit(launcher.launch(command, int(count), int(nodes), int(node), coordinator, int(restarts), dict(os.environ)))
+"""
 
 
-def run_launcher(tmp_path, text, count=3, restarts=0, **more):
-    given = {"nodes": 1, "node": 0, "coordinator": "", "environ": dict(os.environ)} | more
-    return launcher.launch(commands(tmp_path, text), count, restarts=restarts, **given)
+def run_launcher(tmp_path, env, text, count=3, nodes=1, node=0, coordinator="", restarts=0):
+    """`launch` of a Python text, in a process without jax, as it has on the command line: it forks."""
+    given = [text, *map(str, (count, nodes, node, coordinator, restarts))]
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *given], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
 
 
-def test_processes_learn_their_place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_processes_learn_their_place(tmp_path, cli_env):
     text = (
         "import os, json\nnames = [n for n in os.environ if n.startswith('JAX_')]\n"
         "json.dump({n: os.environ[n] for n in names}, open('place' + os.environ['JAX_PROCESS_ID'], 'w'))"
     )
-    assert run_launcher(tmp_path, text, 2, nodes=3, node=2, coordinator="head:99") == 0
+    ended = run_launcher(tmp_path, cli_env, text, 2, nodes=3, node=2, coordinator="head:99")
+    assert (ended.returncode, ended.stderr) == (0, "")
     assert sorted(p.name for p in tmp_path.glob("place*")) == ["place4", "place5"]
     found = json.loads((tmp_path / "place5").read_text())
     want = {"JAX_COORDINATOR_ADDRESS": "head:99", "JAX_NUM_PROCESSES": "6", "JAX_LOCAL_DEVICE_IDS": "1"}
     assert found | want == found
 
 
-def test_the_launcher_names_who_was_lost_and_ends_the_rest(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(launcher, "ALONE", 0.3)
+def test_the_launcher_names_who_was_lost_and_ends_the_rest(tmp_path, cli_env):
     text = (
         "import os, signal, time\n"
-        "time.sleep(0.2) or os.kill(os.getpid(), 9) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)"
+        "time.sleep(0.2) or os.kill(os.getpid(), 9) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(50)"
     )
     began = time.monotonic()
-    assert run_launcher(tmp_path, text) == 128 + signal.SIGKILL
-    assert time.monotonic() - began < 20
-    err = capfd.readouterr().err
-    assert (
-        err.startswith("grpo-jax launch: process 1 (pid ") and "was killed by SIGKILL" in err and "the 2 others" in err
-    )
+    ended = run_launcher(tmp_path, cli_env, text)
+    assert ended.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 30
+    assert ended.stderr.startswith("grpo-jax launch: process 1 (pid ")
+    assert "was killed by SIGKILL" in ended.stderr and "the 2 others" in ended.stderr
 
 
-def test_the_launcher_starts_all_anew(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launcher, "ALONE", 0.3)
+def test_the_launcher_starts_all_anew(tmp_path, cli_env):
     text = (
         "import os, pathlib, sys\nme = pathlib.Path('started' + os.environ['JAX_PROCESS_ID'])\n"
         "before = len(me.read_text()) if me.exists() else 0\nme.write_text('x' * (before + 1))\n"
         "sys.exit(7 if before == 0 and me.name == 'started0' else 0)"
     )
-    assert run_launcher(tmp_path, text, 2, restarts=2) == 0
-    assert (tmp_path / "started0").read_text() == (tmp_path / "started1").read_text() == "xx"
-    assert "ended with exit code 7" in capfd.readouterr().err
+    ended = run_launcher(tmp_path, cli_env, text, 2, restarts=2)
+    assert ended.returncode == 0 and "ended with exit code 7" in ended.stderr
+    assert (tmp_path / "started0").read_text() == "xx"
+
+
+def test_asked_to_end_the_launcher_asks_all_and_waits(tmp_path, cli_env):
+    text = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('saved' + os.environ['JAX_PROCESS_ID'], 'w'), sys.exit(0)))\n"
+        "open('ready' + os.environ['JAX_PROCESS_ID'], 'w')\ntime.sleep(50)"
+    )
+    command = [sys.executable, "-c", LAUNCHER, text, "2", "1", "0", "", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=cli_env)
+    end = time.monotonic() + 40
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) == 0
+    assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
 @pytest.mark.parametrize("given", [{"count": 0}, {"restarts": -1}, {"nodes": 2}, {"node": 1}])
-def test_the_launcher_refuses_numbers_that_do_not_fit(tmp_path, given):
+def test_the_launcher_refuses_numbers_that_do_not_fit(given):
+    given = {"count": 1, "nodes": 1, "node": 0, "restarts": 0} | given
     with pytest.raises(InputError, match="launch: --"):
-        run_launcher(tmp_path, "", **given)
+        launcher.launch(["true"], coordinator="", environ={}, **given)
 
 
 # Whole jobs.
