@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -49,7 +49,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(list(sizes.values()))) != len(devices):
         shape = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(f"config: {shape} is not the {len(devices)} devices there are; -1 takes what is left")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    # Slices are joined by a slower network: rows are split over them, nothing else.
+    if sizes["data"] % slices:
+        raise InputError(f"config: mesh.data={sizes['data']} must divide by the {slices} slices that there are")
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    across = (slices, *(1,) * len(inside[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
