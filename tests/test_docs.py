@@ -237,10 +237,10 @@ def test_the_rewards_of_the_page_on_extending(repo_root, monkeypatch):
     assert scores.tolist() == [1.0, 0.0, 1.0] and valid.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_the_module_of_the_page_on_extending_learns(repo_root, cli_env, tmp_path):
+def test_the_module_of_the_page_on_extending_learns(repo_root, cli_env, quick_compiles, tmp_path):
     body = blocks(page(repo_root, "docs/extending.md"), "python")[-1]
     # A user's own process with one device; compiling is what takes the time, so LLVM's optimisations are left out.
-    env = cli_env | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = cli_env | quick_compiles
     command = [sys.executable, "-W", "error", "-c", body]
     done = subprocess.run(command, env=env, cwd=tmp_path, timeout=350, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,6 @@ from grpo_jax.metrics import read_jsonl
 nbformat = pytest.importorskip("nbformat", reason="nbformat (extra 'test') reads the notebook")
 nbclient = pytest.importorskip("nbclient", reason="nbclient (extra 'test') runs the notebook")
 
-# Compiling is what takes the time here: without LLVM's optimisations half as long, and nothing below reads speed.
-QUICK_COMPILES = "--xla_backend_optimization_level=0"
-
 
 @pytest.fixture
 def source(repo_root):
@@ -33,13 +30,13 @@ def test_no_outputs_are_stored(source):
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
-def test_the_notebook_runs_and_draws_the_curve(source, cli_env, tmp_path, monkeypatch):
+def test_the_notebook_runs_and_draws_the_curve(source, cli_env, quick_compiles, tmp_path):
     cells = source.cells
     place = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
     cells.insert(place + 1, nbformat.v4.new_code_cell("QUICK = True"))
     # A kernel starts with a user's environment, not these tests' eight devices; their cache of programs it may use.
     cached = {name: value for name, value in os.environ.items() if "CACHE" in name and name.startswith("JAX_")}
-    env = cli_env | cached | {"XLA_FLAGS": QUICK_COMPILES, "IPYTHONDIR": str(tmp_path / "ipython")}
+    env = cli_env | cached | quick_compiles | {"IPYTHONDIR": str(tmp_path / "ipython")}
     nbclient.NotebookClient(source, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute(env=env)
 
     figures = [o.data["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]

@@ -53,11 +53,10 @@ class Micro:
 
 
 @pytest.fixture(scope="session")
-def micro(cli_env) -> Micro:
+def micro(cli_env, quick_compiles) -> Micro:
     """Starts runs of the micro config on one CPU device, compiled programs shared between them."""
     cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}  # of the compiler, as in the tests themselves
-    return Micro(cli_env | quick, cache.with_name(f"{cache.name}_micro"))
+    return Micro(cli_env | quick_compiles, cache.with_name(f"{cache.name}_micro"))
 
 
 @pytest.fixture(scope="session")

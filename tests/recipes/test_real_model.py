@@ -26,11 +26,11 @@ pytestmark = pytest.mark.skipif(
 
 SMALL = (
     "--config.data.prompts_per_step=2",
-    "--config.sampler.group_size=4",
+    "--config.sampler.group_size=2",
     "--config.objective.micro_batch_size=0",
     "--config.train.steps=2",
     "--config.eval.final_problems=2",
-    "--config.eval.samples=4",
+    "--config.eval.samples=2",
     "--config.checkpoint.every=0",
     "--config.log.tensorboard=False",
     "--config.log.samples_every=1",
