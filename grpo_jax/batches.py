@@ -29,6 +29,8 @@ from grpo_jax.ops.packing import (
 )
 from grpo_jax.sampler.types import Rollout
 
+PACKS = "packs"  # name of the loop in the compiled program, where reports look for it
+
 
 class TrainingBatch(flax.struct.PyTreeNode):
     """What the loss reads, row by row; the last five are made on the way where an option asks for them."""
@@ -161,7 +163,8 @@ def pack_width(piece: TrainingBatch, shape: PackShape) -> int:
 def loop(count: Int[Array, ""], body: Callable[[Array, Any], Any], carry: Any, seed_axis: str | None = None) -> Any:
     """`body` of 0 to count - 1; under a `vmap` over seeds to the largest count, so that nothing is selected."""
     count = count if seed_axis is None else jax.lax.pmax(count, seed_axis)
-    return jax.lax.fori_loop(0, count, body, carry)
+    with jax.named_scope(PACKS):
+        return jax.lax.fori_loop(0, count, body, carry)
 
 
 def by_row(pack: Pack, values: Float[Array, "D Q"]) -> Float[Array, "R T"]:

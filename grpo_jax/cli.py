@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import sys
@@ -19,7 +20,7 @@ from grpo_jax.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done (or stopped and saved), 2 bad input."""
+    """Runs a command; returns the exit code: 0 done (or stopped and saved), 1 not fit or not well, 2 bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -181,10 +182,27 @@ def parser() -> argparse.ArgumentParser:
     add_eval_options(made)
     made = command("reject", run_reject, "keep right and readable samples of a model as chats that sft learns from")
     add_reject_options(made)
-    made = command("plan", run_plan, "print parameters, memory by dtype and FLOPs a token of a published model")
-    made.add_argument("--model", required=True, help="name of a preset, such as Qwen2.5-7B, or its Hub id")
+    made = command(
+        "plan",
+        run_plan,
+        "print by formula what a model costs (--model), or what a config needs of a machine (--config, --devices)",
+    )
+    made.add_argument("--model", default="", help="name of a preset, such as Qwen2.5-7B, or its Hub id")
     made.add_argument("--context", type=int, default=1024, help="tokens that a token sees (default: 1024)")
     made.add_argument("--rank", type=int, default=16, help="rank of adapters (default: 16)")
+    made.add_argument("--devices", default="", help="machine, such as v5e:16, v5p:2x2x2 or h100:8")
+    made = command(
+        "compile",
+        run_compile,
+        "compile the step of a config for a machine that need not be there: memory, collectives, roofline time; exit "
+        "code 1 when it does not fit. --config NAME or FILE, --config.field=value",
+    )
+    made.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, 2*v5e:4x4 (two slices), h100:8")
+    made.add_argument("--model", default="", help="a preset's architecture in place of the config's model")
+    made.add_argument("--json", action="store_true", help="print one JSON line")
+    made.add_argument("--hlo", default="", metavar="FILE", help="write the compiled program's text there")
+    made = command("doctor", run_doctor, "check this machine: versions, devices, speed, sampler, caches, sandbox")
+    made.add_argument("--expect", default="", help="devices there should be: tpu:8, gpu:1, cpu (default: no CPU alone)")
     made = command("export", run_export, "write a Hugging Face folder of a model, or of what a run has trained")
     made.add_argument("source", help="a run, one of its checkpoints, or a model as model.path names it")
     made.add_argument("folder", help="folder to write")
@@ -406,15 +424,58 @@ def _default_workdir(options: argparse.Namespace, command: str) -> pathlib.Path:
 
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax plan`."""
-    from grpo_jax.models.presets import describe
-
-    if overrides:
-        raise InputError(f"{overrides[0]}: plan reads no config: name a --model")
     for name in ("context", "rank"):
         if vars(options)[name] < 0:
             raise InputError(f"--{name} {vars(options)[name]}: must not be negative")
-    print("\n".join(describe(options.model, options.context, options.rank)))
-    return 0
+    if not options.devices:
+        from grpo_jax.models.presets import describe
+
+        if overrides:
+            raise InputError(f"{overrides[0]}: plan reads a config for a machine alone: add --devices v5e:16")
+        if not options.model:
+            raise InputError("plan: nothing to do: name a --model, or a --config and --devices v5e:16")
+        print("\n".join(describe(options.model, options.context, options.rank)))
+        return 0
+    from grpo_jax.chips import parse_topology
+    from grpo_jax.models.abstract import architecture_of
+    from grpo_jax.recipes.plan import describe_plan, plan
+
+    topology = parse_topology(options.devices)
+    _, config = _config(options, overrides)
+    found = plan(config, architecture_of(config, options.model), topology)
+    print("\n".join(describe_plan(found, config, topology)))
+    return 0 if found.memory.total <= topology.chip.memory else 1
+
+
+def run_compile(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax compile`."""
+    from grpo_jax.chips import environment, parse_topology
+
+    topology = parse_topology(options.topology)
+    os.environ.update(environment(topology, os.environ))  # before jax makes a backend
+    from grpo_jax.models.abstract import architecture_of
+    from grpo_jax.recipes.compile import as_json, compile_step, lines
+
+    _, config = _config(options, overrides)
+    architecture = architecture_of(config, options.model)
+    report, text = compile_step(config, architecture, topology)
+    if options.hlo and text:
+        pathlib.Path(options.hlo).write_text(text)
+    if options.json:
+        print(json.dumps(as_json(report)))
+    else:
+        print("\n".join(lines(report, config, architecture, topology)))
+    return 0 if report.fits else 1
+
+
+def run_doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax doctor`."""
+    if overrides:
+        raise InputError(f"{overrides[0]}: doctor reads no config: leave --config out")
+    _set_up_jax(configs.Config())
+    from grpo_jax.recipes.doctor import doctor
+
+    return doctor(options.expect)
 
 
 def run_export(options: argparse.Namespace, overrides: list[str]) -> int:

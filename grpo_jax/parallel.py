@@ -41,24 +41,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises InputError when the sizes do not multiply to the device count.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    # Slices are joined by a slower network: rows are split over them, nothing else.
+    if sizes[0] % slices:
+        raise InputError(f"config: mesh.data={sizes[0]} must divide by the {slices} slices that there are")
+    inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * len(sizes[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of data, fsdp, tensor; raises InputError when they do not multiply to the device count."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     for axis, size in sizes.items():
         if size == -1:
-            sizes[axis] = max(len(devices) // known, 1)
-    if int(np.prod(list(sizes.values()))) != len(devices):
+            sizes[axis] = max(devices // known, 1)
+    if int(np.prod(list(sizes.values()))) != devices:
         shape = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise InputError(f"config: {shape} is not the {len(devices)} devices there are; -1 takes what is left")
-    types = (AxisType.Auto,) * len(AXES)
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
-    # Slices are joined by a slower network: rows are split over them, nothing else.
-    if sizes["data"] % slices:
-        raise InputError(f"config: mesh.data={sizes['data']} must divide by the {slices} slices that there are")
-    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
-    across = (slices, *(1,) * len(inside[1:]))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+        raise InputError(f"config: {shape} is not the {devices} devices there are; -1 takes what is left")
+    return tuple(sizes.values())
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
@@ -207,6 +211,7 @@ def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), tree)
 
 
+@jax.named_scope("sampling")
 def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
     """Parameters in the layout that sampling wants: as trained, split over tensor alone, or copied."""
     if sampling == "same":

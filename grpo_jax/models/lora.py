@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -91,6 +92,29 @@ def split_variables(
     chosen = fresh if given is None else _checked(given, fresh)
     frozen = {"params": freeze(params, config.base_dtype), SCALES: chosen[SCALES]}
     return {ADAPTERS: chosen[ADAPTERS]}, frozen
+
+
+def abstract_variables(params: Mapping[str, Any], config: LoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`split_variables` by shapes alone: leaves are jax.ShapeDtypeStruct."""
+    if config.rank == 0:
+        return {"params": dict(params)}, {}
+    adapters: dict[str, Any] = {}
+    scales: dict[str, Any] = {}
+    for path, (layers, inputs, outputs) in target_layers(params, config.targets).items():
+        put(adapters, f"{path}/a", jax.ShapeDtypeStruct((layers, inputs, config.rank), np.float32))
+        put(adapters, f"{path}/b", jax.ShapeDtypeStruct((layers, config.rank, outputs), np.float32))
+        put(scales, f"{path}/scale", jax.ShapeDtypeStruct((layers,), np.float32))
+    rest = np.float32 if config.base_dtype == "float32" else ml_dtypes.bfloat16
+    kernels = {*linear_layers(params), "head"} if config.base_dtype == "int8" else set()
+    frozen: dict[str, Any] = {}
+    for path, leaf in _leaves(params):
+        layer, _, name = path.rpartition("/")
+        quantised = name == "kernel" and layer in kernels
+        put(frozen, path, jax.ShapeDtypeStruct(leaf.shape, np.int8 if quantised else rest))
+        if quantised:
+            shape = (*leaf.shape[:-2], leaf.shape[-1])
+            put(frozen, f"{layer}/kernel_scale", jax.ShapeDtypeStruct(shape, np.float32))
+    return {ADAPTERS: adapters}, {"params": frozen, SCALES: scales}
 
 
 def freeze(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from grpo_jax.config import Config
 from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
 from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.errors import InputError
-from grpo_jax.models.architecture import Architecture, llama
+from grpo_jax.models.abstract import base_sizes
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.parallel import whole
@@ -72,18 +73,7 @@ def make_base(
 
 def base_architecture(config: Config, tokenizer: Tokenizer) -> Architecture:
     """Sizes of the base; the vocabulary is what the tokenizer came out with."""
-    b = config.base
-    return llama(
-        b.layers,
-        vocabulary=tokenizer.vocabulary,
-        width=b.width,
-        heads=b.heads,
-        kv_heads=b.kv_heads,
-        head_size=b.width // b.heads,
-        mlp_width=b.mlp_width,
-        rope_theta=b.rope_theta,
-        tied=b.tied,
-    )
+    return base_sizes(config.base, tokenizer.vocabulary)
 
 
 def _example(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:

@@ -23,6 +23,8 @@ from grpo_jax.sampler.draw import draw_tokens, row_noise
 from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout
 
+DECODE, REFILL = "decode", "refill"  # names of the loops in the compiled program, where reports look for them
+
 
 class Slots(flax.struct.PyTreeNode):
     """What each slot holds: a completion (`row`; B: none yet), its tokens in columns `start`, `start` + 1, .. mod T.
@@ -74,6 +76,7 @@ def repeat_rows(x: Array, times: int) -> Array:
     return jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
+@jax.named_scope("sampling")
 def sample(
     module: DecoderModule,
     variables: Any,
@@ -124,7 +127,8 @@ def sample(
         held = _empty(rows, length).replace(row=jnp.arange(rows, dtype=jnp.int32), done=filler)
         held = draw(held, repeat_rows(unembed(last_hidden), group), jnp.int32(0), ~held.done)
         state = Decoding(jnp.int32(0), held, end_prompt(cache))
-        state = jax.lax.while_loop(lambda state: anywhere(~jnp.all(state.slots.done), seed_axis), decode, state)
+        with jax.named_scope(DECODE):
+            state = jax.lax.while_loop(lambda state: anywhere(~jnp.all(state.slots.done), seed_axis), decode, state)
         written = Written(**{name: getattr(state.slots, name) for name in Written.__dataclass_fields__})
     else:
         into = init_cache(module.architecture, slots, width, slots, length, dtype)
@@ -301,7 +305,9 @@ def _decode_refilled(
         def busy(state: Decoding) -> Bool[Array, ""]:
             return ~jnp.all(state.slots.done) & ~refill.due(state.slots, taken)
 
-        return jax.lax.while_loop(busy, decode, state), taken, written
+        with jax.named_scope(DECODE):
+            return jax.lax.while_loop(busy, decode, state), taken, written
 
-    state, _, written = jax.lax.while_loop(unfinished, turn, (state, jnp.zeros_like(refill.total), written))
+    with jax.named_scope(REFILL):
+        state, _, written = jax.lax.while_loop(unfinished, turn, (state, jnp.zeros_like(refill.total), written))
     return refill.write(written, state.slots)
