@@ -34,6 +34,11 @@ class Shape:
     fast: bool = False
 
     @property
+    def near(self) -> bool:
+        """Whether reading it costs nothing: fast memory, or a lone number."""
+        return self.fast or not self.dims
+
+    @property
     def bytes(self) -> int:
         """Bytes without padding."""
         digits = re.search(r"\d+", self.dtype)
@@ -144,7 +149,37 @@ class Program:
         found = []
         for _, instruction, _, _ in self.walk(lambda loop: 1, inside or self.entry):
             if instruction.opcode == "while":
-                found.append(_loop(instruction))
+                found.append(self.loop(instruction))
+        return found
+
+    def loop(self, instruction: Instruction) -> Loop:
+        """A `while`, its trips as the compiler says or as its condition does: a counter below a constant."""
+        said = _TRIPS.search(instruction.attributes)
+        trips = int(said[1]) if said else self._counted(instruction)
+        return Loop(instruction.called("body")[0], instruction.op_name, trips)
+
+    def _counted(self, instruction: Instruction) -> int | None:
+        """Trips of a loop whose condition is counter < constant; jax's counters start at 0 and go up by 1."""
+        condition = self.computations.get(instruction.called("condition")[0], {})
+        root = next((inner for inner in condition.values() if inner.root), None)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        bound = condition.get(root.operands[1])
+        if bound is not None and bound.opcode == "get-tuple-element":
+            bound = self._initial(instruction, bound)
+        value = re.match(r"\((\d+)\)", bound.attributes) if bound is not None and bound.opcode == "constant" else None
+        return int(value[1]) if value else None
+
+    def _initial(self, loop: Instruction, element: Instruction) -> Instruction | None:
+        """What a loop is handed as this element of its tuple; a bound is carried unchanged."""
+        scope = next((c for c in self.computations.values() if c.get(loop.name) is loop), {})
+        given = scope.get(loop.operands[0])
+        place = re.search(r"index=(\d+)", element.attributes)
+        if given is None or given.opcode != "tuple" or place is None:
+            return None
+        found = scope.get(given.operands[int(place[1])])
+        while found is not None and found.opcode == "copy":
+            found = scope.get(found.operands[0])
         return found
 
     def walk(
@@ -155,9 +190,10 @@ class Program:
         for instruction in self.computations.get(computation, {}).values():
             yield computation, instruction, times, loops
             if instruction.opcode == "while":
-                loop = _loop(instruction)
+                loop = self.loop(instruction)
                 known = loop.trips if loop.trips is not None else trips(loop)
-                yield from self.walk(trips, loop.body, times * known, (*loops, loop.op_name))
+                for name in instruction.called("condition", "body"):
+                    yield from self.walk(trips, name, times * known, (*loops, loop.op_name))
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 for name in instruction.called():
                     yield from self.walk(trips, name, times, loops)
@@ -225,7 +261,7 @@ class Program:
         if opcode in FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in COLLECTIVES:
             return 0
         scope = self.computations[computation]
-        made = sum(shape.bytes for shape in instruction.shapes if not shape.fast)
+        made = sum(shape.bytes for shape in instruction.shapes if not shape.near)
         if opcode in SLICES:
             source = scope.get(instruction.operands[0])
             read = 0 if source is not None and _is_fast(source) else instruction.bytes
@@ -263,7 +299,7 @@ class Program:
             update = inside.get(inner.operands[1])
             total += update.bytes if update is not None else 0
         for shape in fusion.shapes:
-            if not shape.fast and (shape,) not in in_place and not _like(shape, in_place):
+            if not shape.near and (shape,) not in in_place and not _like(shape, in_place):
                 total += shape.bytes
         return total
 
@@ -310,7 +346,7 @@ def read_instruction(line: str) -> Instruction | None:
     opcode, _, _ = rest.partition("(")
     close = _closing(rest, len(opcode))
     inner, attributes = rest[len(opcode) : close + 1], rest[close + 1 :]
-    if opcode == "parameter":
+    if opcode in ("parameter", "constant"):
         attributes = inner + attributes
     return Instruction(found[2], opcode, read_shapes(shape), tuple(_NAME.findall(inner)), attributes, bool(found[1]))
 
@@ -345,14 +381,8 @@ def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
     return dict(found)
 
 
-def _loop(instruction: Instruction) -> Loop:
-    trips = _TRIPS.search(instruction.attributes)
-    return Loop(instruction.called("body")[0], instruction.op_name, int(trips[1]) if trips else None)
-
-
 def _is_fast(instruction: Instruction) -> bool:
-    """Whether reading it costs nothing: fast memory, or a lone number."""
-    return bool(instruction.shapes) and all(shape.fast or not shape.dims for shape in instruction.shapes)
+    return bool(instruction.shapes) and all(shape.near for shape in instruction.shapes)
 
 
 def _like(shape: Shape, updated: set[tuple[Shape, ...]]) -> bool:

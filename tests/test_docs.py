@@ -28,6 +28,7 @@ PAGES = (
     "docs/results.md",
     "docs/rewards.md",
     "docs/reward_models.md",
+    "docs/scaling.md",
 )
 
 

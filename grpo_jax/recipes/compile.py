@@ -287,7 +287,7 @@ def weight_shapes(step: AbstractStep) -> tuple[set[tuple[int, ...]], set[tuple[i
         local, *gathered = sorted({key(option) for option in options}, key=math.prod)
         part.add(local)
         whole |= set(gathered)
-    return whole - part, part
+    return whole, part
 
 
 def cache_shapes(step: AbstractStep) -> set[tuple[int, ...]]:
