@@ -437,12 +437,13 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
         print("\n".join(describe(options.model, options.context, options.rank)))
         return 0
     from grpo_jax.chips import parse_topology
-    from grpo_jax.models.abstract import architecture_of
+    from grpo_jax.models.abstract import architecture_of, with_model
     from grpo_jax.recipes.plan import describe_plan, plan
 
     topology = parse_topology(options.devices)
     _, config = _config(options, overrides)
-    found = plan(config, architecture_of(config, options.model), topology)
+    config = with_model(config, options.model) if options.model else config
+    found = plan(config, architecture_of(config), topology)
     print("\n".join(describe_plan(found, config, topology)))
     return 0 if found.memory.total <= topology.chip.memory else 1
 
@@ -452,12 +453,13 @@ def run_compile(options: argparse.Namespace, overrides: list[str]) -> int:
     from grpo_jax.chips import environment, parse_topology
 
     topology = parse_topology(options.topology)
-    os.environ.update(environment(topology, os.environ))  # before jax makes a backend
-    from grpo_jax.models.abstract import architecture_of
+    os.environ.update(environment(topology, os.environ))  # before jax is imported
+    from grpo_jax.models.abstract import architecture_of, with_model
     from grpo_jax.recipes.compile import as_json, compile_step, lines
 
     _, config = _config(options, overrides)
-    architecture = architecture_of(config, options.model)
+    config = with_model(config, options.model) if options.model else config
+    architecture = architecture_of(config)
     report, text = compile_step(config, architecture, topology)
     if options.hlo and text:
         pathlib.Path(options.hlo).write_text(text)

@@ -229,6 +229,18 @@ class Program:
                 else:
                     yield inner, "reduce-scatter" in name or "all-reduce-scatter" in name
 
+    def made_anew(self, computation: str, instruction: Instruction) -> list[Shape]:
+        """Arrays that an instruction writes whole into main memory: neither in place nor handed on."""
+        opcode = instruction.opcode
+        if opcode in (*FREE, "dynamic-update-slice") or opcode.endswith("-done"):
+            return []
+        shapes = instruction.shapes[:1] if opcode in ("copy-start", "slice-start") else instruction.shapes
+        in_place: set[tuple[Shape, ...]] = set()
+        if opcode == "fusion":
+            inside = self.computations.get(instruction.called("calls")[0], {})
+            in_place = {tuple(inside[name].shapes) for name in self._updated(inside).values()}
+        return [shape for shape in shapes if not shape.near and not _like(shape, in_place)]
+
     def inputs(self, computation: str, instruction: Instruction) -> list[Instruction]:
         """What an instruction reads."""
         if instruction.opcode in FREE:
@@ -299,7 +311,7 @@ class Program:
             update = inside.get(inner.operands[1])
             total += update.bytes if update is not None else 0
         for shape in fusion.shapes:
-            if not shape.near and (shape,) not in in_place and not _like(shape, in_place):
+            if not shape.near and not _like(shape, in_place):
                 total += shape.bytes
         return total
 

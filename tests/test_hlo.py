@@ -42,6 +42,12 @@ def test_a_pass_moves_slices_and_updates_and_not_whole_buffers(stored):
     assert stored.traffic("body", lambda loop: 10) == column + layer + prefetch
 
 
+def test_what_is_written_whole_is_told_from_what_is_updated_in_place(stored):
+    made = {i.name: stored.made_anew(where, i) for where, i, _, _ in stored.walk(lambda loop: 1, "body")}
+    assert made["c.1"] == [] and made["prefetch"] == [] and made["inner"] == []
+    assert [shape.dims for shape in made["all-to-all.1"]] == [(32, 32)]
+
+
 def test_shapes_and_lines_are_read():
     one = read_shapes("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, pred[], s4[3], /*index=3*/f8e4m3fn[2,2]{1,0})")
     assert [(s.dtype, s.dims, s.fast, s.bytes) for s in one] == [

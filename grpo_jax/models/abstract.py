@@ -1,5 +1,6 @@
 """Models by their shapes: the architecture that a name or a config stands for, and its parameter tree."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,17 +13,20 @@ from grpo_jax.models.families import from_fields
 from grpo_jax.models.presets import PRESETS, preset
 
 
-def architecture_of(config: Config, model: str = "") -> Architecture:
-    """The architecture that `model` (a preset's name) or the config names; no weights are read.
+def with_model(config: Config, model: str) -> Config:
+    """The config with a preset as its model, by name; raises InputError naming the nearest."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=preset(model).source))
 
-    `model.path` may be a preset's Hub id. Raises InputError for what is neither known by name nor there as files.
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of a config's model; where `model.path` is a preset's Hub id nothing is read.
+
+    Raises InputError for what is neither known by name nor there as files.
     """
     path = config.model.path
-    known = {found.source.lower(): name for name, found in PRESETS.items()} | {hub.SMOLLM2: "SmolLM2-135M"}
-    if not model and path.lower().partition("@")[0] in known:
-        model = known[path.lower().partition("@")[0]]
-    if model:
-        return from_fields(model, preset(model).fields)
+    known = {found.source.lower(): found for found in PRESETS.values()} | {hub.SMOLLM2: PRESETS["SmolLM2-135M"]}
+    if found := known.get(path.lower().partition("@")[0]):
+        return from_fields(found.source, found.fields)
     if path:
         from grpo_jax.models.loading import load_model  # slow to import, and seldom needed
 

@@ -28,7 +28,6 @@ from grpo_jax.recipes.shapes import AbstractStep, abstract_step, host_rewards
 from grpo_jax.sampler.sample import DECODE, REFILL
 from grpo_jax.topology import devices, topology_mesh
 
-COPIES = ("copy", "copy-start", "transpose")
 SAMPLING = "sampling"  # scope of what the sampler does
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -252,9 +251,8 @@ def decode_pass(program: Program, trips: Trips, step: AbstractStep, architecture
     entries = cache_shapes(step)
     copied, wide = 0, 0
     for where, instruction, times, _ in program.walk(trips, body):
-        for shape in instruction.shapes[:1]:
-            if instruction.opcode in COPIES and not shape.fast and key(shape.dims) in entries:
-                copied += times * shape.bytes
+        for shape in program.made_anew(where, instruction):
+            copied += times * shape.bytes if key(shape.dims) in entries else 0
         for read in program.inputs(where, instruction):
             wide += sum(times * s.bytes for s in read.shapes if s.dtype == "f32" and key(s.dims) in whole | part)
     inside = [one for one in program.collectives(trips) if loops[0].op_name in one.loops]

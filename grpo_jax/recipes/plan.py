@@ -21,7 +21,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import init_cache
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.parallel import AXES, mesh_sizes, partition_spec, path_name
+from grpo_jax.parallel import AXES, check_batch, mesh_sizes, partition_spec, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +145,13 @@ class Sizes:
 
 def plan(config: Config, architecture: Architecture, topology: Topology) -> Plan:
     """Memory, FLOPs and roofline seconds of a step; raises InputError for a mesh that is not the machine's."""
+    return plan_params(config, architecture, topology, abstract_params(architecture))
+
+
+def plan_params(config: Config, architecture: Architecture, topology: Topology, params: Any) -> Plan:
+    """`plan` with the parameter tree's shapes at hand."""
     sizes = Sizes(*mesh_sizes(config.mesh, topology.chips))
-    params = abstract_params(architecture)
+    check_batch(config, sizes.mesh)
     memory, work = plan_memory(config, architecture, sizes, params), plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
     read = (memory.sampling_weights + memory.cache) * work.passes
@@ -346,26 +351,30 @@ CHANGES: tuple[tuple[str, str, Any, str], ...] = (
 
 def suggestions(config: Config, architecture: Architecture, topology: Topology, most: int = 3) -> list[str]:
     """The changes of a config that save most bytes a device by formula, each with what it saves and costs."""
-    before = plan(config, architecture, topology).memory.total
-    found = []
+    params = abstract_params(architecture)
+
+    def total(config: Config, topology: Topology) -> float:
+        return plan_params(config, architecture, topology, params).memory.total
+
+    before, found = total(config, topology), []
     for changed, written, cost in _changes(config, topology):
         try:
-            saved = before - plan(changed, architecture, topology).memory.total
+            saved = before - total(changed, topology)
         except InputError:
             continue
         if saved > 0.01 * before:
             found.append((saved, f"{written} saves {saved / GIB:,.2f} GiB a device ({cost})"))
     bigger = dataclasses.replace(topology, shape=(*topology.shape[:-1], 2 * topology.shape[-1]))
-    spread = config.mesh if -1 in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) else _doubled(config)
-    wider = dataclasses.replace(config, mesh=spread)
-    saved = before - plan(wider, architecture, bigger).memory.total
+    sizes = Sizes(*mesh_sizes(config.mesh, topology.chips))
+    mesh = dataclasses.replace(config.mesh, data=sizes.data, fsdp=2 * sizes.fsdp, tensor=sizes.tensor)
+    prompts = max(config.data.prompts_per_step, sizes.data * mesh.fsdp)
+    data = dataclasses.replace(config.data, prompts_per_step=prompts)
+    saved = before - total(dataclasses.replace(config, mesh=mesh, data=data), bigger)
     if saved > 0.01 * before:
-        found.append((saved, f"{bigger.name} with mesh.fsdp={spread.fsdp} saves {saved / GIB:,.2f} GiB a device"))
+        found.append(
+            (saved, f"{bigger.name} with --config.mesh.fsdp={mesh.fsdp} saves {saved / GIB:,.2f} GiB a device")
+        )
     return [text for _, text in sorted(found, reverse=True)[:most]]
-
-
-def _doubled(config: Config) -> Any:
-    return dataclasses.replace(config.mesh, fsdp=2 * config.mesh.fsdp)
 
 
 def _changes(config: Config, topology: Topology) -> list[tuple[Config, str, str]]:

@@ -16,7 +16,7 @@ from grpo_jax import cli
 from grpo_jax.chips import CHIPS, GIB, parse_topology
 from grpo_jax.errors import InputError
 from grpo_jax.hlo import Program as Read
-from grpo_jax.models.abstract import abstract_params, architecture_of
+from grpo_jax.models.abstract import abstract_params, architecture_of, with_model
 from grpo_jax.models.lora import abstract_variables, split_variables
 from grpo_jax.models.presets import count, forward_flops, preset
 from grpo_jax.parallel import make_mesh
@@ -117,7 +117,7 @@ def test_flops_by_formula_are_those_of_the_presets():
     """A forward pass of one model counted two ways: from its parameter tree, and from the fields of its config.json."""
     for name in ("Qwen2.5-0.5B", "Llama-3-8B", "Qwen3-30B-A3B"):
         config = tiny.config(**{"data.max_prompt_length": 1, "sampler.max_new_tokens": 1000, "mesh.data": 1})
-        sizes = architecture_of(config, name)
+        sizes = architecture_of(with_model(config, name))
         work = plan_work(config, sizes, Sizes(1, 1, 1), abstract_params(sizes))
         tokens = config.completions * 999
         assert work.decode == pytest.approx(tokens * forward_flops(count(preset(name).fields), 501), rel=0.01)
@@ -125,10 +125,10 @@ def test_flops_by_formula_are_those_of_the_presets():
 
 def test_models_are_named_without_weights():
     config = tiny.config(**{"model.path": "Qwen/Qwen2.5-0.5B-Instruct"})
-    assert architecture_of(config) == architecture_of(tiny.config(), "qwen2.5-0.5b")
+    assert architecture_of(config) == architecture_of(with_model(tiny.config(), "qwen2.5-0.5b"))
     assert architecture_of(tiny.config(**{"base.layers": 3})).layers == 3
     with pytest.raises(InputError, match="did you mean"):
-        architecture_of(config, "Qwen2.5-0.6B")
+        architecture_of(with_model(config, "Qwen2.5-0.6B"))
 
 
 def test_reward_models_are_refused_by_name():
@@ -153,7 +153,7 @@ def big(**fields):
 
 def test_a_plan_adds_up_by_hand():
     config, topology = big(), parse_topology("v5p:8")
-    sizes = architecture_of(config, "Qwen2.5-7B")
+    sizes = architecture_of(with_model(config, "Qwen2.5-7B"))
     memory = plan(config, sizes, topology).memory
     total = 7_615_616_512
     assert memory.masters == memory.reference == pytest.approx(4 * total / 8, rel=0.01)
@@ -181,14 +181,14 @@ def test_a_plan_adds_up_by_hand():
     ],
 )
 def test_each_option_changes_its_part_of_the_plan(field, value, part):
-    sizes, topology = architecture_of(tiny.config(), "Qwen2.5-0.5B"), parse_topology("v5e:8")
+    sizes, topology = architecture_of(with_model(tiny.config(), "Qwen2.5-0.5B")), parse_topology("v5e:8")
     before, after = (plan(big(**given), sizes, topology).memory for given in ({}, {field: value}))
     assert getattr(before, part) != getattr(after, part)
 
 
 def test_the_three_changes_that_help_most_are_said():
     config, topology = big(**{"model.compute_dtype": "float32"}), parse_topology("v5e:8")
-    sizes = architecture_of(config, "Qwen2.5-7B")
+    sizes = architecture_of(with_model(config, "Qwen2.5-7B"))
     said = suggestions(config, sizes, topology)
     assert len(said) == 3 and all("saves" in line and "GiB a device" in line for line in said)
     saved = [float(line.split("saves ")[1].split(" GiB")[0]) for line in said]
