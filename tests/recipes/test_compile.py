@@ -68,6 +68,8 @@ def test_a_report_reads_the_program(on_cpu):
     sizes = Sizes(2, 2, 2)
     assert report.arguments == memory.argument_size_in_bytes
     assert report.arguments == pytest.approx(held(step.state, sizes), rel=0.02)  # prompts and answers besides
+    by_formula = plan(config, architecture, topology).memory
+    assert by_formula.arguments == pytest.approx(report.arguments, rel=0.02) and by_formula.cache == report.cache
     assert report.unknown_loops == () and report.fits and report.seconds == 2.0
     # The cache by formula is what the decode loop carries: [N, K, E, P] + [N, K, P, E] and the same of rows, float32.
     rows, heads, size = 32 / 4, 4 / 2, 64 / 4
