@@ -41,11 +41,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises InputError when the sizes do not multiply to the device count.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
     slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    return lay_out(mesh_sizes(config, len(devices)), slices, devices)
+
+
+def lay_out(sizes: tuple[int, ...], slices: int, devices: Sequence[Any]) -> Mesh:
+    """A mesh of these sizes; slices are joined by a slower network: rows are split over them, nothing else."""
+    types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    # Slices are joined by a slower network: rows are split over them, nothing else.
     if sizes[0] % slices:
         raise InputError(f"config: mesh.data={sizes[0]} must divide by the {slices} slices that there are")
     inside, across = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * len(sizes[1:]))

@@ -4,13 +4,13 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from grpo_jax.chips import Topology
 from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
-from grpo_jax.parallel import AXES, make_mesh, mesh_sizes
+from grpo_jax.parallel import lay_out, mesh_sizes
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -35,12 +35,5 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def topology_mesh(config: MeshConfig, topology: Topology, found: Sequence[Any]) -> Mesh:
-    """The mesh of a config over a topology; several slices lie along the axis data, whose traffic is least."""
-    if topology.slices == 1:
-        return make_mesh(config, found)
-    data, *inside = mesh_sizes(config, topology.chips)
-    if data % topology.slices:
-        raise InputError(f"config: mesh.data={data} must be a multiple of the {topology.slices} slices")
-    shape = (data // topology.slices, *inside)
-    grid = mesh_utils.create_hybrid_device_mesh(shape, (topology.slices, 1, 1), found)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    """The mesh of a config over a topology; devices that are not there do not all say which slice they are of."""
+    return lay_out(mesh_sizes(config, topology.chips), topology.slices, found)
