@@ -3,7 +3,10 @@ r"""The step whose size docs/scaling.md tells, for any model by name and any mac
     grpo-jax plan --config scale --model Qwen2.5-1.5B --devices v5e:8 --config.mesh.fsdp=8 --config.mesh.data=1
     grpo-jax compile --config scale --model Qwen2.5-1.5B --topology v5e:8 --config.mesh.fsdp=8 --config.mesh.data=1
 
-Both print memory, FLOPs and roofline time; neither needs the machine. To train with it, give `model.path` and data.
+Both print memory, FLOPs and roofline time; neither needs the machine. To train with it, name a model and data:
+
+    grpo-jax train --config scale --config.model.path=FOLDER --config.data.source=jsonl --config.data.path=train.jsonl \
+        --config.data.eval_path=test.jsonl
 """
 
 from grpo_jax.config import default_config

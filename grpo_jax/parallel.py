@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from grpo_jax.config import Config, MeshConfig, cache_folder
@@ -69,7 +69,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises InputError when prompts, micro-batches or supervised rows do not split over the devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts = config.data.prompts_per_step
@@ -102,7 +102,9 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, drop: tuple[str, ...] = ()) -> PartitionSpec:
+def partition_spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, drop: tuple[str, ...] = ()
+) -> PartitionSpec:
     """The axes of one leaf by RULES; an axis that does not divide its dimension, or is in `drop`, is left out."""
     for pattern, axes in RULES:
         if re.search(pattern, path) and len(shape) >= len(axes):
@@ -171,7 +173,7 @@ def put_rows(make: Callable[[Int[np.ndarray, "own"]], Any], count: int, sharding
 
     def leaf(x: np.ndarray) -> jax.Array:
         shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-        indices = sharding.addressable_devices_indices_map(shape).items()
+        indices = [(d, i) for d, i in sharding.addressable_devices_indices_map(shape).items() if i is not None]
         places = [(*index[:axis], np.searchsorted(own, numbers[index[axis]])) for _, index in indices]
         # Transfers that are asked for: loops allow no others.
         pieces = [jax.device_put(x[place], device) for place, (device, _) in zip(places, indices, strict=True)]

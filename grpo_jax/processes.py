@@ -165,6 +165,7 @@ def on_first(work: Callable[[], T]) -> T:
         return work()
     client, name = jax_distributed.global_state.client, f"grpo_jax/first/{next(_rounds)}"
     assert client is not None
+    told: dict[str, Any]
     if first():
         try:
             told = {"value": work()}

@@ -45,6 +45,15 @@ def _set_up_jax() -> None:
 _set_up_jax()
 
 
+# Files of few tests that take minutes: started last, one of them keeps a process busy when the other has nothing left.
+LONG_FILES = ("test_real_model", "test_resume", "test_runs", "test_notebook", "test_lora_run", "test_sweep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files come first (with `--no-loadscope-reorder`, which keeps this order)."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> pathlib.Path:
     """The checkout."""

@@ -46,7 +46,8 @@ def test_help_lists_the_commands(capsys):
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and parser.description.split()[0] in shown
         assert ("--dry_run" in shown) == (name == "train")
-        assert ("--config NAME" in shown) == (name in ("train", "sft", "dpo", "sweep", "rewards", "reward-model"))
+        configured = ("train", "sft", "dpo", "sweep", "rewards", "reward-model", "compile")
+        assert ("--config NAME" in shown) == (name in configured)
 
 
 def test_the_version_is_told(capsys):

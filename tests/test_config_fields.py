@@ -906,7 +906,7 @@ def reward_model_run(model, monkeypatch, tmp_path, **fields) -> tuple[dict, list
     monkeypatch.setattr(reward_model, "save_reward_model", lambda folder, model, variables: "saved")
     monkeypatch.setattr(reward_model, "fit", fit)
     monkeypatch.setattr(reward_model, "make_preference_batch", make)
-    monkeypatch.setattr(reward_model, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(supervised, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     assert reward_model.run(config, tmp_path / "run", Terminal(out=io.StringIO())) == "saved"
     seen["held_out"] = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
     return seen, [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -107,8 +107,8 @@ def write_samples(
             "from a stronger model"
         )
     terminal.say(f"cold start: {len(right)} of {len(records)} samples right, {len(lines)} prompts kept in {path}")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    processes.on_first(lambda: write_atomic(path, text))
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    processes.on_first(lambda: write_atomic(path, content))
 
 
 def chat(record: dict) -> dict:

@@ -171,7 +171,9 @@ def collectives() -> Finding:
         return Finding("collectives", "one device: none needed")
     count, split = 2**20, NamedSharding(mesh, PartitionSpec("all"))
     rows = jax.make_array_from_callback(
-        (mesh.size, count), split, lambda index: np.full((1, count), float(index[0].start or 0), np.float32)
+        (mesh.size, count),
+        split,
+        lambda index: np.full((1, count), float(index[0].start or 0) if index else 0.0, np.float32),
     )
     total = jax.jit(lambda x: x.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     seconds = measure(total, rows)
@@ -207,9 +209,9 @@ def sampler_gap() -> Finding:
     count, length = config.data.prompts_per_step, config.data.max_prompt_length
     numbers = np.arange(count, dtype=np.int32)
     tokens = (numbers[:, None] * 7 + np.arange(length)) % 60 + 2
-    given = Prompts(
-        tokens.astype(np.int32), np.full(count, length, np.int32), numbers, numbers, np.ones(count, np.float32), {}
-    )
+    ones: Any = np.ones(count, np.float32)
+    made: Any = (tokens.astype(np.int32), np.full(count, length, np.int32), numbers, numbers, ones, {})
+    given = Prompts(*made)
     _, metrics, _ = Program(parts, state)(state, jax.device_put(given, row_sharding(mesh)))
     gap = divide(jax.device_get(metrics.means))["sampler_gap/max"]
     bound = GAP[jax.default_backend()]
@@ -224,8 +226,9 @@ def padding() -> Finding:
 
     @jax.jit
     def law(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        hidden = module.apply({"params": params}, tokens, *left_positions(lengths, tokens.shape[1]))
-        return jax.nn.log_softmax(module.apply({"params": params}, hidden[:, -1], method="logits"))
+        hidden: Any = module.apply({"params": params}, tokens, *left_positions(lengths, tokens.shape[1]))
+        logits: Any = module.apply({"params": params}, hidden[:, -1], method="logits")
+        return jax.nn.log_softmax(logits)
 
     with jax.default_matmul_precision("highest"):
         params = init_params(module, jax.random.key(0))

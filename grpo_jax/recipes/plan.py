@@ -221,7 +221,7 @@ def cache_bytes(config: Config, a: Architecture, sizes: Sizes) -> float:
     dtype = jnp.dtype(s.cache_dtype)
 
     def size(*rows_and_lengths: int) -> float:
-        made = jax.eval_shape(lambda: init_cache(a, *rows_and_lengths, dtype))
+        made = jax.eval_shape(lambda: init_cache(a, *rows_and_lengths, dtype))  # pyright: ignore[reportCallIssue]
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made)) / sizes.rows
 
     total = size(prompts, width, rows if slots == rows else 0, s.max_new_tokens)

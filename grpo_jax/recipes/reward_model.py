@@ -20,7 +20,7 @@ from grpo_jax.models.heads import init_head, save_head
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.ops.masked import safe_divide
-from grpo_jax.parallel import make_mesh, place, put_rows, row_sharding, whole
+from grpo_jax.parallel import place, put_rows, row_sharding, whole
 from grpo_jax.recipes.loop import Stop, open_terminal
 from grpo_jax.recipes.supervised import (
     descend,
@@ -197,8 +197,7 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
     given = config.reward_model
     if config.lora.rank:
         raise InputError(f"config: lora.rank={config.lora.rank}: a reward model is trained whole; set lora.rank=0")
-    mesh = make_mesh(config.mesh)
-    model = open_model(config, given, "reward_model", mesh)
+    model, mesh = open_model(config, given, "reward_model")
     rows, held = read_splits(config, model.tokenizer)
     module, stop = open_run(config, model, workdir)
     kind = "pairs" if len(rows[0][0]) == 2 else "points"

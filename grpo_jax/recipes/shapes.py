@@ -54,7 +54,7 @@ def abstract_step(config: Config, mesh: Mesh, architecture: Architecture) -> Abs
     trainable, frozen = abstract_variables(params, config.lora)
     dtype = jnp.dtype(config.model.param_dtype)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
-    state = jax.eval_shape(lambda *given: init_state(parts, *given, bool(config.lora.rank)), trainable, frozen)
+    state = jax.eval_shape(lambda t, f: init_state(parts, t, f, bool(config.lora.rank)), trainable, frozen)
     return AbstractStep(parts, placed(state, shardings(state, mesh)), _prompts(parts), params)
 
 
@@ -106,4 +106,5 @@ def _prompts(parts: StepParts) -> Prompts:
 
     columns = {name: rows(values.dtype, *values.shape[1:]) for name, values in parts.scorer.answers.items()}
     one = rows(np.int32)
-    return Prompts(rows(np.int32, data.max_prompt_length), one, one, one, rows(np.float32), columns)
+    made: Any = (rows(np.int32, data.max_prompt_length), one, one, one, rows(np.float32), columns)
+    return Prompts(*made)

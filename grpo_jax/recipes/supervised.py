@@ -145,17 +145,18 @@ def drawn_batch(
     return put_rows(lambda own: make([rows[chosen[i]] for i in own]), options.batch_size, row_sharding(mesh))
 
 
-def open_model(config: Config, options: Options, name: str, mesh: Mesh) -> LoadedModel:
-    """The model to train, with the end tokens of the config; raises InputError before anything is read."""
+def open_model(config: Config, options: Options, name: str) -> tuple[LoadedModel, Mesh]:
+    """The model to train, with the end tokens of the config, and the mesh; raises InputError before it reads any."""
     if not config.model.path:
         raise InputError("config: model.path='' names no model to train")
+    mesh = make_mesh(config.mesh)
     if options.batch_size % row_shards(mesh):
         raise InputError(
             f"config: {name}.batch_size={options.batch_size} must divide by the {row_shards(mesh)} devices of "
             "mesh.data x mesh.fsdp"
         )
     model = load_model(config.model.path, keep_adapters=config.lora.rank > 0)
-    return dataclasses.replace(model, tokenizer=model.tokenizer.with_end_tokens(config.text.end_tokens))
+    return dataclasses.replace(model, tokenizer=model.tokenizer.with_end_tokens(config.text.end_tokens)), mesh
 
 
 def open_run(config: Config, model: LoadedModel, workdir: pathlib.Path) -> tuple[Decoder, Stop]:
@@ -179,8 +180,8 @@ def train_on_rows(
     `train` is called with (module, collections, rows, mesh, workdir, stop, terminal, name, what checkpoints say of a
     frozen base). Raises InputError for bad input and Stopped when it was asked to end before its time.
     """
-    terminal, mesh = terminal or open_terminal(), make_mesh(config.mesh)
-    model = open_model(config, options, name, mesh)
+    terminal = terminal or open_terminal()
+    model, mesh = open_model(config, options, name)
     rows = read(options.path, config.text, model.tokenizer, options.max_length)
     module, stop = open_run(config, model, workdir)
     terminal.say(f"{len(rows)} rows, {options.batch_size} a step, {options.steps} steps")

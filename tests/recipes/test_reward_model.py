@@ -20,6 +20,7 @@ from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import load_model
 from grpo_jax.parallel import make_mesh
 from grpo_jax.recipes import reward_model as recipe
+from grpo_jax.recipes import supervised
 from grpo_jax.rewards.reward_model import (
     COLLECTION,
     RewardModel,
@@ -144,7 +145,7 @@ def trained(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(supervised, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         made = recipe.run(config(policy, pairs_file(folder / "pairs.jsonl")), folder / "run", Terminal(out=said))
     return folder / "run", made, said.getvalue()
 
