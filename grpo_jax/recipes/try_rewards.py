@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,10 +20,18 @@ from grpo_jax.parallel import check_batch, make_mesh
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_rows, starting_model
 from grpo_jax.recipes.loop import Stop, open_workdir
-from grpo_jax.rewards.reward_model import MODEL_REWARDS
+from grpo_jax.rewards.model_judge import open_model_judge, read_verdicts
+from grpo_jax.rewards.reward_model import (
+    COLLECTION,
+    MODEL_REWARDS,
+    load_reward_variables,
+    open_reward_models,
+    used_models,
+)
 from grpo_jax.rewards.scorer import build_scorer, check_in_graph
 from grpo_jax.rewards.texts import TEXT_REWARDS, expected_text, opens_thinking, reason, text_of, text_reward
-from grpo_jax.rewards.verifiers import NEED_RIGHT, REWARDS, byte_table, verifier
+from grpo_jax.rewards.verifiers import NEED_RIGHT, REWARDS, byte_table, completion_bytes, verifier
+from grpo_jax.sampler.types import Prompts, Rollout
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, encode_prompt
 
@@ -89,14 +98,16 @@ def score_completions(
 ) -> list[dict[str, Cell]]:
     """Score and reason by component, in config order, of each completion.
 
-    In-graph rewards are told by their text twins, host rewards run as they do in training.
+    In-graph rewards are told by their text twins, host rewards run as they do in training; reward models and the judge
+    read prompt and completion as their own tokenizer makes them, the completion closed by an end token.
     """
     rewards = config.rewards
     on_host = [name for name in rewards.names if name not in (*REWARDS, *MODEL_REWARDS)]
     check_in_graph(rewards, [name for name in rewards.names if name in REWARDS])
     found = _host_cells(rewards, on_host, rows, texts, ids) if on_host else {}
-    about_models: Cell = (None, "a reward model: it scores inside the program, not here")
-    found |= {name: [about_models] * len(rows) for name in rewards.names if name in MODEL_REWARDS}
+    for name in rewards.names:
+        if name in MODEL_REWARDS:
+            found[name] = _model_cells(config, name, rows, texts)
     call: dict[str, Any] = {
         "prompts": [row["prompt"] for row in rows],
         "completions": texts,
@@ -136,6 +147,65 @@ def _host_cells(
         why = [failed.get(key) or _logged(extra, name) for key, extra in zip(keys, logged, strict=True)]
         found[name] = [(float(v) if np.isfinite(v) else None, w) for v, w in zip(values[:, c], why, strict=True)]
     return found
+
+
+def _model_cells(config: Config, name: str, rows: list[dict[str, Any]], texts: list[str]) -> list[Cell]:
+    """Scores of a reward model, with what it sees of a completion; those of the judge, with its verdicts."""
+    rewards = dataclasses.replace(config.rewards, names=(name,), weights=(1.0,))
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    variables = load_reward_variables(rewards, config.model, mesh)[COLLECTION][name]
+    section = used_models(rewards).get(name)
+    folder = section.path if section else rewards.model_judge.path
+    tokenizer = Tokenizer.from_folder(folder).with_end_tokens(config.text.end_tokens)
+    table = byte_table(tokenizer.token_bytes())
+    with jax.default_matmul_precision(config.model.matmul_precision):
+        if section is None:
+            given = (rewards.model_judge, config.model, config.text, tokenizer, rows, mesh)
+            judge = open_model_judge(*given)
+            prompts, rollout = _as_rollout(config, tokenizer, rows, texts, judge.columns)
+            judged = jax.jit(lambda *given: judge.verdicts(given[0], table, *given[1:]))(variables, prompts, rollout)
+            values, valid = read_verdicts(*completion_bytes(table, judged.tokens, judged.lengths))
+            said = zip(np.asarray(judged.tokens), np.asarray(judged.lengths), strict=True)
+            why = [tokenizer.decode(ids[:length].tolist()) for ids, length in said]
+        else:
+            model = open_reward_models(rewards, config.model, None)[name]
+            prompts, rollout = _as_rollout(config, tokenizer, rows, texts, {})
+            program = jax.jit(lambda *given: model.score(given[0], table, *given[1:]))
+            values, valid = program(variables, prompts, rollout)
+            why = [f"{folder} reads " + ("all" if section.sees == "response" else f"what follows {section.marker}")]
+            why *= len(rows)
+    cells = zip(np.asarray(values).tolist(), np.asarray(valid).tolist(), why, strict=True)
+    return [(value if applies else None, reason) for value, applies, reason in cells]
+
+
+def _as_rollout(
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: list[dict[str, Any]],
+    texts: list[str],
+    columns: Mapping[str, np.ndarray],
+) -> tuple[Prompts, Rollout]:
+    """Rows and texts as a step would hold them after sampling, a completion a prompt."""
+    before = [encode_prompt(row["prompt"], config.text, tokenizer) if row["prompt"] else [] for row in rows]
+    after = [[*tokenizer.encode(text, special=False), *tokenizer.end_ids[:1]] for text in texts]
+    (prompts, prompt_lengths), (tokens, lengths) = padded(before, left=True), padded(after, left=False)
+    numbers, ones = np.arange(len(rows), dtype=np.int32), np.ones(len(rows), np.float32)
+    nothing = np.zeros(tokens.shape, np.float32)
+    ended = np.ones(len(rows), bool)
+    rest = (nothing, nothing, ended, numbers * 0, nothing, ones, numbers, numbers, prompts, prompt_lengths)
+    made: Any = (tokens, lengths, *rest)
+    given: Any = (prompts, prompt_lengths, numbers, numbers, ones, dict(columns))
+    return Prompts(*given), Rollout(*made)
+
+
+def padded(rows: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [B, width], padded with 0 on the left or on the right, how many each row has)."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    table = np.zeros((len(rows), max(int(lengths.max(initial=0)), 1)), np.int32)
+    for line, row in zip(table, rows, strict=True):
+        if row:
+            line[slice(-len(row), None) if left else slice(len(row))] = row
+    return table, lengths
 
 
 def _logged(extra: Mapping[str, Any], name: str) -> str:

@@ -70,7 +70,12 @@ class ModelJudge:
         self, variables: Mapping[str, Any], table: ByteTable, prompts: Prompts, rollout: Rollout
     ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         """1 where the verdict says true, 0 where it says false; does not apply where it says neither."""
-        judged = sample(
+        judged = self.verdicts(variables, table, prompts, rollout)
+        return read_verdicts(*completion_bytes(table, judged.tokens, judged.lengths))
+
+    def verdicts(self, variables: Mapping[str, Any], table: ByteTable, prompts: Prompts, rollout: Rollout) -> Rollout:
+        """What the judge writes of each completion."""
+        return sample(
             self.module.clone(scanned=False, remat="none"),
             unstack({"params": variables["params"]}, self.module.architecture),
             self.prompts(table, prompts, rollout),
@@ -80,7 +85,6 @@ class ModelJudge:
             shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
             constrain=lambda tree: constrain_rows(tree, self.mesh),
         )
-        return read_verdicts(*completion_bytes(table, judged.tokens, judged.lengths))
 
     def prompts(self, table: ByteTable, prompts: Prompts, rollout: Rollout) -> Prompts:
         """The judge's prompts, one a completion, padded on the left."""

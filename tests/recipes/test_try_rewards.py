@@ -5,18 +5,23 @@ import io
 import json
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from grpo_jax import cli
 from grpo_jax.errors import InputError
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.heads import load_head, save_head
 from grpo_jax.models.huggingface import write_folder
+from grpo_jax.models.loading import load_model
 from grpo_jax.parallel import make_mesh
 from grpo_jax.recipes import try_rewards
 from grpo_jax.recipes.try_rewards import pass_rates, probe, score_completions, show, tell
+from grpo_jax.rewards.reward_model import sequence_scores
 from grpo_jax.rewards.verifiers import REWARDS
 from grpo_jax.terminal import Terminal
-from grpo_jax.text import Tokenizer, train_sentencepiece
+from grpo_jax.text import Tokenizer, encode_prompt, train_sentencepiece
 
 
 def terminal():
@@ -82,12 +87,57 @@ def test_a_reward_of_ones_own_inside_the_program(completions, monkeypatch):
     assert [row["longer"] for row in found] == [(1.0, ""), (1.0, ""), (None, "")]
 
 
-def test_a_reward_model_is_not_asked():
-    config = tiny.config(**FIELDS)
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """A model with a score head and a tokenizer of its own."""
+    place = tmp_path_factory.mktemp("reward")
+    train_sentencepiece(["2+2= is it 4 or 5 then </think>"], 40, (), str(place / "tokenizer.model"))
+    tokenizer = Tokenizer.from_sentencepiece(str(place / "tokenizer.model"))
+    architecture = tiny.architecture(vocabulary=tokenizer.vocabulary, layers=1)
+    write_folder(str(place / "model"), architecture, tiny.params(architecture), tokenizer)
+    save_head(str(place / "model"), {"kernel": np.linspace(-1, 1, 16)[:, None], "bias": np.array([0.5])})
+    return str(place / "model")
+
+
+MODEL_ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "", "answer": "5"}]
+
+
+@pytest.mark.parametrize("sees", ["response", "summary"])
+def test_a_reward_model_is_asked(reward_folder, sees):
+    """Each score is that of the sequence alone, without padding and without what is not seen."""
+    fields = {"path": reward_folder, "sees": sees}
+    config = tiny.config(**FIELDS | {f"rewards.helpful.{name}": value for name, value in fields.items()})
     rewards = dataclasses.replace(config.rewards, names=("helpful", "answer"), weights=(1.0, 1.0))
+    config, texts = dataclasses.replace(config, rewards=rewards), ["is it</think>4 or 5", "5 then"]
+    found = score_completions(config, MODEL_ROWS, texts, [[1], [1]], [False, False])
+    loaded, tokenizer = load_model(reward_folder), Tokenizer.from_folder(reward_folder)
+    variables = {"params": jax.tree.map(np.asarray, loaded.params), "score": load_head(reward_folder, 16)}
+    sizes = tokenizer.token_bytes()
+    for row, text, cells in zip(MODEL_ROWS, texts, found, strict=True):
+        after = tokenizer.encode(text, special=False)
+        if sees == "summary":
+            spoken = b"".join(sizes[i] for i in after)
+            start = spoken.rfind(b"</think>") + len(b"</think>") if b"</think>" in spoken else 0
+            begins = np.cumsum([0, *(len(sizes[i]) for i in after)])
+            after = [i for i, begin in zip(after, begins, strict=False) if begin >= start]
+        before = encode_prompt(row["prompt"], config.text, tokenizer) if row["prompt"] else []
+        ids = np.array([[*before, *after, *tokenizer.end_ids[:1]]])
+        place = np.arange(ids.size)[None]
+        want = sequence_scores(Decoder(loaded.architecture), variables, ids, place, place * 0 + 1)
+        assert cells["helpful"][0] == pytest.approx(float(want[0]), abs=1e-4)
+    assert found[0]["helpful"][0] != found[1]["helpful"][0]
+    assert reward_folder in found[0]["helpful"][1]
+
+
+def test_the_judge_shows_its_verdict(reward_folder):
+    config = tiny.config(
+        **FIELDS | {"rewards.model_judge.path": reward_folder, "rewards.model_judge.max_new_tokens": 6}
+    )
+    rewards = dataclasses.replace(config.rewards, names=("model_judge",), weights=(1.0,))
     config = dataclasses.replace(config, rewards=rewards)
-    (found,) = score_completions(config, [{"prompt": "p", "answer": "1"}], ["<answer>1</answer>"], [[1]], [False])
-    assert found["helpful"][0] is None and "reward model" in found["helpful"][1] and found["answer"][0] == 1.0
+    found = score_completions(config, MODEL_ROWS, ["4", "4"], [[1], [1]], [False, False])
+    assert [cells["model_judge"][0] for cells in found] == [None, None], "a model of random weights gives no verdict"
+    assert all(cells["model_judge"][1] for cells in found)
 
 
 @pytest.mark.parametrize(
