@@ -6,9 +6,11 @@ import difflib
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -137,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
         ("sft", run_sft, "fine-tune model.path on a JSONL file of chats (sft.path)"),
         ("dpo", run_dpo, "train model.path on a JSONL file of preferences (dpo.path)"),
         ("sweep", run_sweep, "train the configs of a sweep, all seeds of each in one program"),
+        ("base", run_base, "make the small base model of a config that names none (model.path='')"),
     ):
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
@@ -166,6 +169,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--node", type=int, default=0, help="number of this machine, from 0 (default: 0)")
     made.add_argument("--coordinator", default="", help="HOST:PORT of machine 0 (default: a free port here)")
     made.add_argument("--restarts", type=int, default=0, help="times to start all anew after a loss (default: 0)")
+    made = command("pipeline", run_pipeline, "run the stages of a recipe, one after another. --config NAME or FILE")
+    add_pipeline_options(made)
     made = command("sample", run_sample, "print completions of a model, drawn by the sampler of training")
     made.add_argument("--model", required=True, help="folder, .gguf file, run, checkpoint, Hub id, or smollm2-135m")
     made.add_argument("--prompt", required=True, action="append", help="text of a user's message; may be given again")
@@ -255,6 +260,15 @@ def run_dpo(options: argparse.Namespace, overrides: list[str]) -> int:
     return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_dpo"))
 
 
+def run_base(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax base`."""
+    name, config = _config(options, overrides)
+    _set_up_jax(config, options)
+    from grpo_jax.recipes.base import run
+
+    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_base"))
+
+
 def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax sweep`."""
     name, config = _config(options, overrides)
@@ -288,6 +302,46 @@ def _until_stopped(run: Callable[..., Any], config: Any, workdir: pathlib.Path) 
         processes.give_up(1, config.distributed.heartbeat_timeout)
     processes.part()
     return 0
+
+
+def add_pipeline_options(made: argparse.ArgumentParser) -> None:
+    """Options of `pipeline`."""
+    add = made.add_argument
+    add("--workdir", help="folder of all stages (default: runs/<config name>)")
+    add("--from", default="", dest="first", metavar="STAGE", help="the first stage (default: the recipe's)")
+    add("--to", default="", dest="last", metavar="STAGE", help="the last stage (default: the recipe's)")
+    add("--only", default="", metavar="STAGE", help="this stage alone")
+    add("--again", action="store_true", help="make these stages anew; what they had made is moved to `replaced`")
+    add("--dry_run", action="store_true", help="check and print each stage's command, run nothing")
+    add("--time_budget", default="", help="end cleanly after this long: 55m, 2h, 300s")
+
+
+def run_pipeline(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax pipeline`."""
+    began = time.monotonic()
+    budget, options.time_budget = options.time_budget, ""  # of all stages, not of each
+    name, config = _config(options, overrides)
+    from grpo_jax.pipeline import check_commands, chosen_stages, dry_run, read_pipeline, run
+
+    fields = [item for item in _joined(overrides) if item.startswith("--config.")]
+    pipeline = read_pipeline(_config_path(overrides), config, fields)
+    chosen = chosen_stages(pipeline, options.first, options.last, options.only)
+    workdir = pathlib.Path(options.workdir or f"runs/{name}")
+    if options.dry_run:
+        dry_run(pipeline, workdir, check_command)
+        return 0
+    check_commands(pipeline, workdir, check_command)
+    until = began + configs.parse_duration(budget, "--time_budget") if budget else math.inf
+    run(pipeline, workdir, chosen, options.again, until)
+    return 0
+
+
+def check_command(words: list[str]) -> None:
+    """Raises InputError where a command's options or its config cannot be read."""
+    own, overrides = split_arguments(words)
+    parse(own)
+    if overrides:
+        load_config(overrides)
 
 
 def run_launch(options: argparse.Namespace, command: list[str]) -> int:

@@ -1,6 +1,7 @@
 """`grpo-jax launch`: one command as several processes of this machine, watched until all are done or one is lost."""
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -38,7 +39,8 @@ def launch(
     if nodes > 1 and not coordinator:
         raise InputError("launch: --nodes above 1 needs --coordinator HOST:PORT of machine 0")
     for attempt in range(restarts + 1):
-        job = Job(command, count, nodes, node, coordinator or f"localhost:{free_port()}", environ)
+        places = places_of(count, nodes, node, coordinator or f"localhost:{free_port()}")
+        job = Job(command, [{**environ, **place} for place in places], node * count)
         code = job.watch()
         if code == 0 or job.asked or attempt == restarts:
             return code
@@ -46,36 +48,39 @@ def launch(
     raise AssertionError
 
 
+def places_of(count: int, nodes: int, node: int, coordinator: str) -> list[dict[str, str]]:
+    """What tells each process of machine `node` its place, as variables of its environment."""
+    return [
+        {
+            "JAX_COORDINATOR_ADDRESS": coordinator,
+            "JAX_NUM_PROCESSES": str(nodes * count),
+            "JAX_PROCESS_ID": str(node * count + local),
+            "JAX_LOCAL_DEVICE_IDS": str(local),
+        }
+        for local in range(count)
+    ]
+
+
 class Job:
-    """The processes of this machine."""
+    """Processes of this machine that stand and fall together.
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        count: int,
-        nodes: int,
-        node: int,
-        coordinator: str,
-        environ: Mapping[str, str],
-    ):
+    `environs` has the environment of each (None: this one), `first` is the number of the first.
+    """
+
+    def __init__(self, command: Sequence[str], environs: Sequence[Mapping[str, str] | None], first: int = 0):
         self.asked = 0
-        self._first = node * count
-        self._processes: list[subprocess.Popen[Any]] = []
-        for local in range(count):
-            place = {
-                "JAX_COORDINATOR_ADDRESS": coordinator,
-                "JAX_NUM_PROCESSES": str(nodes * count),
-                "JAX_PROCESS_ID": str(self._first + local),
-                "JAX_LOCAL_DEVICE_IDS": str(local),
-            }
-            # Sessions of their own: Ctrl-C on the terminal reaches the launcher alone, which hands it on.
-            made = subprocess.Popen(
-                command, env={**environ, **place}, start_new_session=True, preexec_fn=_end_with_launcher
-            )
-            self._processes.append(made)
+        self._first = first
+        # Sessions of their own: Ctrl-C on the terminal reaches the launcher alone, which hands it on.
+        self._processes: list[subprocess.Popen[Any]] = [
+            subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_end_with_launcher)
+            for environ in environs
+        ]
 
-    def watch(self) -> int:
-        """Waits for all; after a loss, ends the rest. The exit code of what was lost first."""
+    def watch(self, until: float = math.inf) -> int:
+        """Waits for all, asking them to end at `until` (`time.monotonic`); after a loss, ends the rest.
+
+        Returns the exit code of what was lost first, else 0.
+        """
         earlier = {number: signal.signal(number, self._hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             deadline, code = None, 0
@@ -83,6 +88,8 @@ class Job:
                 time.sleep(0.2)
                 if code == 0 and (code := self._lost()):
                     deadline = time.monotonic() + ALONE
+                if not self.asked and time.monotonic() > until:
+                    self.ask_to_end()
                 if self.asked and deadline is None:
                     deadline = time.monotonic() + STOPPING
                 if deadline is not None and time.monotonic() > deadline:
@@ -93,11 +100,15 @@ class Job:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _hand_on(self, number: int, _: Any) -> None:
+    def ask_to_end(self) -> None:
+        """SIGTERM for all: a run saves and ends; asked again, SIGKILL."""
         self.asked += 1
         for process in self._processes:
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
+
+    def _hand_on(self, number: int, _: Any) -> None:
+        self.ask_to_end()
 
     def _lost(self) -> int:
         """The exit code of a process that failed, which is named; 0 while there is none."""

@@ -30,6 +30,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
         (
             ("eval/pass@1", "pass@1"),
             ("eval/lenient", "lenient"),
+            ("eval/majority", "majority"),
             ("eval/greedy", "greedy"),
             ("eval/format", "format"),
         ),
@@ -47,6 +48,13 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
         "tokens, end token included",
         (("length/mean", "all"), ("length/right", "right"), ("length/wrong", "wrong"), ("eval/length", "held-out")),
         "mean",
+    ),
+    ("Reflective words", "a held-out completion", (("eval/reflective_words", "reflective words"),), "exact"),
+    (
+        "Language",
+        "share of words in the language asked for",
+        (("eval/language", "held-out"),),
+        "exact",
     ),
     ("Truncated", "share of completions that the budget cut off", (("truncated", "truncated"),), "mean"),
     ("KL", "to the reference, mean a token", (("kl", "KL"),), "mean"),
@@ -132,27 +140,68 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
         _samples(samples),
         _config(folder / "config.json"),
     ]
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(folder.resolve().name)}</title>'
+    write_atomic(folder / "report.html", page(folder.resolve().name, "".join(sections)))
+    return folder / "report.html"
+
+
+def page(title: str, body: str) -> str:
+    """A whole page that needs nothing else and may run nothing; `body` is HTML whose texts are escaped."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
-        f"<body>{''.join(sections)}</body></html>\n"
+        f"<body>{body}</body></html>\n"
     )
-    write_atomic(folder / "report.html", page)
-    return folder / "report.html"
+
+
+def embedded(figure: Any, alt: str) -> str:
+    """A matplotlib figure as an image inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    image = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"<img alt='{escaped(alt)}' src='data:image/svg+xml;base64,{image}'>"
+
+
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, escaped."""
+    head = "".join(f"<th>{escaped(cell)}</th>" for cell in headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The same as lines of Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return [f"| {' | '.join(one_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def one_line(text: str) -> str:
+    """A text without control characters and line breaks."""
+    return " ".join(visible(str(text)).split())
+
+
+def escaped(value: Any) -> str:
+    """A value as HTML shows it, whatever it holds."""
+    return html.escape(visible(str(value)))
+
+
+def duration(seconds: float) -> str:
+    """'4 min 31 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _headline(folder: pathlib.Path, metrics: Rows, summary: Mapping[str, Any]) -> str:
     facts = [f"{metrics[-1]['step']} steps" if metrics else "no steps yet"]
     if "seconds_total" in summary:
-        facts.append(_duration(summary["seconds_total"]))
+        facts.append(duration(summary["seconds_total"]))
     facts += [str(summary["device"])] if "device" in summary else []
     facts += [f"{name} {summary[name]}" for name in ("seed", "compiles") if name in summary]
     if isinstance(summary.get("versions"), Mapping):
         facts += [f"{name} {version}" for name, version in summary["versions"].items()]
     if not summary:
         facts.append("not finished: no summary.json")
-    title = f"<h1>{_text(folder.resolve().name)}</h1><p class='facts'>{_text(' · '.join(facts))}</p>"
+    title = f"<h1>{escaped(folder.resolve().name)}</h1><p class='facts'>{escaped(' · '.join(facts))}</p>"
     return title + _score_table(summary.get("before") or {}, summary.get("after") or {})
 
 
@@ -182,11 +231,8 @@ def _charts(metrics: Rows) -> str:
     for title, caption, patterns, manner in CHARTS:
         series = _series(metrics, patterns)
         if series:
-            image = base64.b64encode(_draw(series, manner)).decode("ascii")
-            figures.append(
-                f"<figure><figcaption>{title}<span>{caption}</span></figcaption>"
-                f"<img alt='{title} by step' src='data:image/svg+xml;base64,{image}'></figure>"
-            )
+            image = embedded(_draw(series, manner), f"{title} by step")
+            figures.append(f"<figure><figcaption>{title}<span>{caption}</span></figcaption>{image}</figure>")
     return f"<h2>Curves by step</h2><div class='charts'>{''.join(figures)}</div>" if figures else ""
 
 
@@ -209,8 +255,8 @@ def _series(metrics: Rows, patterns: Sequence[tuple[str, str]]) -> dict[str, tup
     return series
 
 
-def _draw(series: Mapping[str, tuple[list[int], list[float]]], manner: str) -> bytes:
-    """A small line chart as SVG."""
+def _draw(series: Mapping[str, tuple[list[int], list[float]]], manner: str) -> Any:
+    """A small line chart."""
     from matplotlib.figure import Figure  # here: it takes a second to import, and only reports need it
     from matplotlib.ticker import MaxNLocator
 
@@ -218,7 +264,7 @@ def _draw(series: Mapping[str, tuple[list[int], list[float]]], manner: str) -> b
     axes = figure.subplots()
     colours = dict(zip(series, COLOURS * len(series), strict=False)) | OWN_COLOURS
     for label, points in series.items():
-        steps, values = _thin(*points)
+        steps, values = thinned(*points)
         name = label.replace("$", r"\$")  # a reward's name is no formula
         smooth = manner != "exact" and len(values) > 30
         marker = "o" if len(values) <= 30 else ""
@@ -238,13 +284,11 @@ def _draw(series: Mapping[str, tuple[list[int], list[float]]], manner: str) -> b
     axes.grid(True, color="#f0efee")
     if len(series) > 1:
         axes.legend(fontsize=9, frameon=False, ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(-0.02, 1.0))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return figure
 
 
-def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means of neighbours, at most POINTS of them."""
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Steps and values, means of neighbours where there are more than POINTS."""
     width = -(-len(values) // POINTS)
 
     def mean(numbers: Sequence[float]) -> list[float]:
@@ -281,11 +325,11 @@ def _sample(row: Mapping[str, Any], best: Mapping[str, float]) -> str:
     about = [str(row["step"])]
     about += [f"{row['length']} tokens"] if "length" in row else []
     about += ["cut off"] if row.get("ended") is False else []
-    answer = f"\n<span class='small'>answer: {_text(row['answer'])}</span>" if row.get("answer") is not None else ""
+    answer = f"\n<span class='small'>answer: {escaped(row['answer'])}</span>" if row.get("answer") is not None else ""
     return (
-        f"<tr><td>{cells}</td><td class='text'>{_text(row.get('prompt', ''))}{answer}</td>"
-        f"<td class='text'>{_text(row.get('completion', ''))}</td>"
-        f"<td class='small'>{'<br>'.join(map(_text, about))}</td></tr>"
+        f"<tr><td>{cells}</td><td class='text'>{escaped(row.get('prompt', ''))}{answer}</td>"
+        f"<td class='text'>{escaped(row.get('completion', ''))}</td>"
+        f"<td class='small'>{'<br>'.join(map(escaped, about))}</td></tr>"
     )
 
 
@@ -300,7 +344,7 @@ def _reward(name: str, value: Any, best: float) -> str:
         colour = "bad" if value <= 0 else "good" if value > best / 2 else "some"
     total = " total" if name == "total" else ""
     shown = f"{value:.2f}" if _is_number(value) else "none"
-    return f"<div class='reward {colour}{total}'><span>{_text(name)}</span><span>{shown}</span></div>"
+    return f"<div class='reward {colour}{total}'><span>{escaped(name)}</span><span>{shown}</span></div>"
 
 
 def _is_number(value: Any) -> bool:
@@ -311,22 +355,13 @@ def _config(path: pathlib.Path) -> str:
     config = _read_json(path)
     if not config:
         return ""
-    return f"<h2>Configuration</h2><pre>{_text(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"
+    return f"<h2>Configuration</h2><pre>{escaped(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.readescaped(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}): mend or remove it") from error
-
-
-def _text(value: Any) -> str:
-    return html.escape(visible(str(value)))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -2109,6 +2109,15 @@ def test_majority(model, monkeypatch, tmp_path):
         assert calls[0][1] == samples and ("majority" in found) == (votes > 0)
 
 
+@flips("eval.reflective_words")
+def test_reflective_words(model, monkeypatch, tmp_path):
+    for words, count in ((("Wait", "check"), 2.0), ((), None)):
+        session, _ = asked(model, monkeypatch, tmp_path, **{"eval.reflective_words": words})
+        said = [record | {"completion": "wait, waiting: WAIT!"} for record in records_of([1.0, 0.0])]
+        monkeypatch.setattr(Evaluator, "sample", lambda *_, said=said, **__: said)
+        assert session.evaluate(1, NO_STATE).get("eval/reflective_words") == count
+
+
 @flips("eval.alarm_drop")
 def test_alarm_drop(model, monkeypatch, tmp_path):
     for drop, warns in ((0.1, True), (0.4, False)):

@@ -10,6 +10,7 @@ import pytest
 
 FLOORS = {
     "cli": 7,
+    "pipeline": 7,
     "recipes": 6,
     "report": 6,
     "step": 5,

@@ -9,13 +9,14 @@ from grpo_jax import processes
 from grpo_jax.config import Config
 from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
 from grpo_jax.data.prompts import build_prompt_set
+from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
 from grpo_jax.models.abstract import base_sizes
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import LoadedModel
-from grpo_jax.parallel import whole
-from grpo_jax.recipes.loop import Stop
+from grpo_jax.parallel import make_mesh, whole
+from grpo_jax.recipes.loop import Stop, open_stop, open_terminal, open_workdir
 from grpo_jax.recipes.sft import Example, fine_tune
 from grpo_jax.recipes.supervised import save_model
 from grpo_jax.terminal import Terminal
@@ -23,6 +24,21 @@ from grpo_jax.text import Tokenizer, encode_prompt, train_sentencepiece
 
 SYMBOLS = ("<think>", "</think>", "<answer>", "</answer>")
 DONE = "model"  # the folder that is there only when the base is finished
+
+
+def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:
+    """`grpo-jax base`: makes the base of a config that names no model; returns its folder, `workdir/model`.
+
+    Raises InputError for bad input and Stopped when it was asked to end before its time.
+    """
+    terminal = terminal or open_terminal()
+    if config.model.path:
+        raise InputError(f"config: model.path={config.model.path!r}: a base is made where it is empty")
+    mesh = make_mesh(config.mesh)
+    held_out = load_rows(config.data, "eval", config.seed)
+    open_workdir(workdir, config)
+    with open_stop(config, workdir) as stop, terminal:
+        return make_base(config, held_out, mesh, workdir, stop, terminal)
 
 
 def make_base(

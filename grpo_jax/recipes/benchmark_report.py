@@ -1,16 +1,12 @@
 """What an evaluation shows: a table on the terminal, report.md and a self-contained report.html."""
 
-import base64
-import html
-import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.metrics import read_jsonl, write_atomic
-from grpo_jax.report import COLOURS, POLICY, STYLE
-from grpo_jax.terminal import visible
+from grpo_jax.report import COLOURS, embedded, escaped, html_table, markdown_table, one_line, page
 
 Scores = Mapping[str, Any]
 # Heading, score, form; a column that no set has is left out.
@@ -39,7 +35,7 @@ def table(sets: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
     headings = ["set", "problems x k", *(title for _, title, _ in shown)]
     rows = []
     for scores in sets.values():
-        cells = [_cell(scores, name, form) for name, _, form in shown]
+        cells = [score_cell(scores, name, form) for name, _, form in shown]
         rows.append([scores["title"], f"{scores['problems']} x {scores['samples']}", *cells])
     return headings, rows
 
@@ -60,23 +56,17 @@ def write_reports(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """Writes report.md and report.html beside summary.json; model output in them is escaped."""
     tables = [("Scores", *table(summary["sets"])), ("By k", *pass_at_k_table(summary["sets"]))]
     notes = _notes(summary)
-    text = [f"# {_line(summary['model'])}", "", notes, ""]
+    text = [f"# {one_line(summary['model'])}", "", notes, ""]
     for title, headings, rows in tables:
-        text += [f"## {title}", "", *_markdown(headings, rows), ""]
+        text += [f"## {title}", "", *markdown_table(headings, rows), ""]
     write_atomic(workdir / "report.md", "\n".join(text))
-    body = [f"<h1>{_text(summary['model'])}</h1><p class='facts'>{_text(notes)}</p>"]
+    body = [f"<h1>{escaped(summary['model'])}</h1><p class='facts'>{escaped(notes)}</p>"]
     for title, headings, rows in tables:
-        body.append(f"<h2>{title}</h2>{_html(headings, rows)}")
+        body.append(f"<h2>{title}</h2>{html_table(headings, rows)}")
     body.append(f"<h2>Plots</h2><figure>{_plot(summary['sets'])}</figure>")
     body += [_examples(workdir / name, scores) for name, scores in summary["sets"].items()]
-    body.append(f"<h2>Settings</h2><pre>{_text(json.dumps(summary['settings'], indent=2, ensure_ascii=False))}</pre>")
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(summary["model"])}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
-    write_atomic(workdir / "report.html", page)
+    body.append(f"<h2>Settings</h2><pre>{escaped(json.dumps(summary['settings'], indent=2, ensure_ascii=False))}</pre>")
+    write_atomic(workdir / "report.html", page(summary["model"], "".join(body)))
 
 
 def _notes(summary: Mapping[str, Any]) -> str:
@@ -89,24 +79,14 @@ def _notes(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(scores: Scores, name: str, form: str) -> str:
+def score_cell(scores: Scores, name: str, form: str) -> str:
+    """A score with its interval where tables show one; empty where there is none."""
     if name not in scores:
         return ""
     low_high = scores.get(f"{name}_ci95") if name in WIDE else None
     return form.format(scores[name]) + (
         f" [{form.format(low_high[0])}, {form.format(low_high[1])}]" if low_high else ""
     )
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return [f"| {' | '.join(_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-
-
-def _html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _plot(sets: Mapping[str, Scores]) -> str:
@@ -140,10 +120,7 @@ def _plot(sets: Mapping[str, Scores]) -> str:
     curves.set_ylim(0, 1)
     curves.set_xlabel("k")
     curves.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    image = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f"<img alt='scores by set, and by k' src='data:image/svg+xml;base64,{image}'>"
+    return embedded(figure, "scores by set, and by k")
 
 
 def _examples(folder: pathlib.Path, scores: Scores) -> str:
@@ -154,14 +131,6 @@ def _examples(folder: pathlib.Path, scores: Scores) -> str:
         [f"{row['id']}: strict {row['strict']:.0f}, lenient {row['lenient']:.0f}", row["completion"][:LONGEST]]
         for row in sorted(chosen, key=lambda row: row["problem"])
     ]
-    body = "".join(f"<tr><td>{_text(about)}</td><td class='text'>{_text(text)}</td></tr>" for about, text in cells)
+    body = "".join(f"<tr><td>{escaped(about)}</td><td class='text'>{escaped(text)}</td></tr>" for about, text in cells)
     columns = "<colgroup><col style='width:20%'><col></colgroup>"
-    return f"<h2>Completions: {_text(scores['title'])}</h2><table class='samples'>{columns}{body}</table>"
-
-
-def _line(text: str) -> str:
-    return " ".join(visible(str(text)).split())
-
-
-def _text(value: Any) -> str:
-    return html.escape(visible(str(value)))
+    return f"<h2>Completions: {escaped(scores['title'])}</h2><table class='samples'>{columns}{body}</table>"

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import put_rows, row_sharding
 from grpo_jax.rewards.host import Record
+from grpo_jax.rewards.letters import share_in_language
 from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
@@ -149,7 +151,8 @@ class Evaluator:
                     "problem": number,
                     "prompt": row["prompt"],
                     "answer": row["answer"],
-                    "completion": self.tokenizer.decode(ids),
+                    "completion": (text := self.tokenizer.decode(ids)),
+                    "language": share_in_language(text, str(row.get("language", self.parts.config.rewards.language))),
                     "rewards": self.scorer.components(scores, i),
                     "right": scores.values[i, 0] >= 1.0,
                     "length": int(rollout.lengths[i]),
@@ -165,14 +168,14 @@ class Evaluator:
         """pass@1 and what stands beside it at eval.temperature, and the records they come from."""
         config = self.parts.config.eval
         records = self.sample(variables, problems, samples, config.temperature, config.top_p, step, between)
-        return summarise(records), records
+        return summarise(records, config.reflective_words), records
 
     def greedy(self, variables: Any, problems: int, step: int, between: Callable[[], None] = lambda: None) -> float:
         """Share of problems that greedy decoding gets right."""
         return float(np.mean([r["right"] for r in self.sample(variables, problems, 1, 0.0, 1.0, step, between)]))
 
 
-def summarise(records: Sequence[dict]) -> dict[str, Any]:
+def summarise(records: Sequence[dict], reflective: Sequence[str] = ()) -> dict[str, Any]:
     """pass@1 is the mean over a problem's samples, its interval a bootstrap over problems."""
     by_problem: dict[int, list[dict]] = collections.defaultdict(list)
     for record in records:
@@ -193,9 +196,19 @@ def summarise(records: Sequence[dict]) -> dict[str, Any]:
         texts, answers = [r["completion"] for r in records], [r["answer"] for r in records]
         lenient = lenient_reward([r["prompt"] for r in records], texts, answer=answers)
         found["lenient"] = float(np.mean([value or 0.0 for value in lenient]))
+    if all("language" in r for r in records):
+        found["language"] = float(np.mean([r["language"] for r in records]))
+    if reflective:
+        found["reflective_words"] = float(np.mean([words_among(r["completion"], reflective) for r in records]))
     if found["samples"] > 2:
         found["majority"] = float(np.mean([majority_right(group) for group in by_problem.values()]))
     return found
+
+
+def words_among(text: str, words: Sequence[str]) -> int:
+    """How many words of a text are among these, whatever their case."""
+    wanted = {word.casefold() for word in words}
+    return sum(word.casefold() in wanted for word in re.findall(r"\w+", text))
 
 
 def majority_right(records: Sequence[dict]) -> bool:

@@ -406,6 +406,9 @@ class Session:
             "format": "eval/format",
             "mean_length": "eval/length",
             "lenient": "eval/lenient",
+            "majority": "eval/majority",
+            "language": "eval/language",
+            "reflective_words": "eval/reflective_words",
         }
         return {label: found[name] for name, label in names.items() if name in found}
 
