@@ -64,16 +64,24 @@ def places_of(count: int, nodes: int, node: int, coordinator: str) -> list[dict[
 class Job:
     """Processes of this machine that stand and fall together.
 
-    `environs` has the environment of each (None: this one), `first` is the number of the first.
+    `environs` has the environment of each (None: this one), `first` is the number of the first. They end with the
+    launcher, or, given `holding`, an open file's number, outlive it and keep that file open, and so its lock: starting
+    them then forks nothing, as a process that has loaded jax must not.
     """
 
-    def __init__(self, command: Sequence[str], environs: Sequence[Mapping[str, str] | None], first: int = 0):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environs: Sequence[Mapping[str, str] | None],
+        first: int = 0,
+        holding: int | None = None,
+    ):
         self.asked = 0
         self._first = first
+        how: dict[str, Any] = {"preexec_fn": _end_with_launcher} if holding is None else {"pass_fds": (holding,)}
         # Sessions of their own: Ctrl-C on the terminal reaches the launcher alone, which hands it on.
         self._processes: list[subprocess.Popen[Any]] = [
-            subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_end_with_launcher)
-            for environ in environs
+            subprocess.Popen(command, env=environ, start_new_session=True, **how) for environ in environs
         ]
 
     def watch(self, until: float = math.inf) -> int:
@@ -118,9 +126,11 @@ class Job:
                 continue
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             running = sum(other.poll() is None for other in self._processes)
+            if len(self._processes) > 1:
+                how += f"; ending the {running} others that run here"
             _say(
-                f"process {self._first + local} (pid {process.pid}) was lost: it {how}; ending the {running} others "
-                "that run here. The same command goes on from the last checkpoint"
+                f"process {self._first + local} (pid {process.pid}) was lost: it {how}. The same command goes on from "
+                "the last checkpoint"
             )
             return code if code > 0 else 128 - code
         return 0

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -46,7 +47,8 @@ CONFIGURED = ("base", "tasks", "train", "sft", "dpo", "reward-model train")  # t
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _PLACE = re.compile(r"\{([a-z][a-z0-9_.]*)\}")
 
-Run = Callable[[Sequence[str], float], "tuple[int, bool]"]
+# (command, until, lock) -> (exit code, whether it was asked to end): runs it, which holds the lock of that file number.
+Run = Callable[..., "tuple[int, bool]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,16 +243,16 @@ def run(
     by another command, or reads one that is not there.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with _alone(workdir):
+    with _alone(workdir) as lock:
         record = _read_record(pipeline, workdir)
         known = fingerprints(pipeline)
         if again:
             for stage in stages:
                 _set_aside(workdir, record, stage.name)
         _check_record(pipeline, stages, record, known)
-        for stage in stages:
-            if not _finish(pipeline, stage, workdir, record, known, until, start or _start):
-                return False
+        begin = functools.partial(start or _start, until=until, lock=lock)
+        if not all(_finish(pipeline, stage, workdir, record, known, begin) for stage in stages):
+            return False
         write_pipeline_report(workdir)
     _say(f"{workdir / 'report.html'}, report.md: all stages that were asked for are finished")
     return True
@@ -262,8 +264,7 @@ def _finish(
     workdir: pathlib.Path,
     record: dict[str, Any],
     known: Mapping[str, str],
-    until: float,
-    start: Run,
+    start: Callable[[Sequence[str]], tuple[int, bool]],
 ) -> bool:
     """Does what is left of a stage and records it; False when it was stopped."""
     entry = record["stages"].setdefault(stage.name, {"title": stage.title, "fingerprint": known[stage.name]})
@@ -278,7 +279,7 @@ def _finish(
         entry |= {"command": words} if part == "made" else {}
         write_json_atomic(workdir / RECORD, record)
         began = time.monotonic()
-        code, asked = start([sys.executable, "-m", "grpo_jax.cli", *words], until)
+        code, asked = start([sys.executable, "-m", "grpo_jax.cli", *words])
         name = f"seconds_{part}"
         entry[name] = round(entry.get(name, 0.0) + time.monotonic() - began, 1)
         write_json_atomic(workdir / RECORD, record)
@@ -295,9 +296,9 @@ def _finish(
     return True
 
 
-def _start(words: Sequence[str], until: float) -> tuple[int, bool]:
-    """(exit code, whether it was asked to end) of a command that ran as a process."""
-    job = Job(words, [None])
+def _start(words: Sequence[str], until: float, lock: int) -> tuple[int, bool]:
+    """As a process, which holds the lock even where this one is killed."""
+    job = Job(words, [None], holding=lock)
     return job.watch(until), job.asked > 0
 
 
@@ -339,14 +340,14 @@ def _set_aside(workdir: pathlib.Path, record: dict[str, Any], name: str) -> None
 
 
 @contextlib.contextmanager
-def _alone(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir; raises InputError where another pipeline does."""
+def _alone(workdir: pathlib.Path) -> Iterator[int]:
+    """Holds the workdir by a lock, gives its file's number; raises InputError where another pipeline does."""
     with open(workdir / "pipeline.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{workdir}: another pipeline is running in it: wait, or name another --workdir") from None
-        yield
+        yield file.fileno()
 
 
 def _say(text: str) -> None:

@@ -362,6 +362,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.readescaped(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}): mend or remove it") from error

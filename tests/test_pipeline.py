@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -36,7 +37,7 @@ class Fake:
     def __init__(self, workdir, stop_at="", fail_at=""):
         self.workdir, self.stop_at, self.fail_at, self.started = workdir, stop_at, fail_at, []
 
-    def __call__(self, words, until):
+    def __call__(self, words, until, lock):
         folder = pathlib.Path(words[words.index("--workdir") + 1])
         name = folder.relative_to(self.workdir).as_posix()
         self.started.append(name)
@@ -90,7 +91,7 @@ def test_a_stopped_or_failed_stage_is_gone_on_with(tmp_path):
 
 
 def test_a_command_that_leaves_nothing_is_not_finished(tmp_path):
-    assert not run(recipe(), tmp_path, STAGES[:1], start=lambda words, until: (0, False))
+    assert not run(recipe(), tmp_path, STAGES[:1], start=lambda *_, **__: (0, False))
     assert run(recipe(), tmp_path, STAGES[:1], start=Fake(tmp_path))
 
 
@@ -121,7 +122,7 @@ def test_inputs_have_to_be_there(tmp_path):
 
 
 def test_one_pipeline_a_folder(tmp_path):
-    def second(words, until):
+    def second(*_, **__):
         with pytest.raises(InputError, match="another pipeline is running"):
             run(recipe(), tmp_path, STAGES, start=Fake(tmp_path))
         return 2, False
@@ -130,12 +131,24 @@ def test_one_pipeline_a_folder(tmp_path):
         run(recipe(), tmp_path, STAGES, start=second)
 
 
-def test_a_process_is_asked_to_end_in_time():
+def test_a_process_is_asked_to_end_in_time(tmp_path):
     script = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print(1); time.sleep(60)"
     began = time.monotonic()
-    assert pipelines._start([sys.executable, "-c", script], began + 1.0) == (0, True)
-    assert pipelines._start([sys.executable, "-c", "raise SystemExit(3)"], began + 60) == (3, False)
+    with open(tmp_path / "lock", "w") as lock:
+        assert pipelines._start([sys.executable, "-c", script], began + 1.0, lock.fileno()) == (0, True)
+        assert pipelines._start([sys.executable, "-c", "raise SystemExit(3)"], began + 60, lock.fileno()) == (3, False)
     assert time.monotonic() - began < 30
+
+
+def test_a_stage_holds_the_folder_when_its_pipeline_is_killed(tmp_path):
+    with pipelines._alone(tmp_path) as lock:
+        script = "import sys; print(sys.stdin.read())"
+        left = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with pytest.raises(InputError, match="another pipeline is running"), pipelines._alone(tmp_path):
+        pass
+    left.communicate(b"end", timeout=60)
+    with pipelines._alone(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

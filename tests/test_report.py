@@ -100,7 +100,7 @@ def test_every_metric_of_the_trainer_has_its_chart(tmp_path):
         "reward/total reward/answer solve_rate groups/all_right groups/all_wrong advantage/mean_abs grad_norm kl "
         "entropy clip/low clip/high length/mean length/right length/wrong truncated sampler_gap/max sampler_gap/mean "
         "loss sft/loss lr skipped seconds/step seconds/rewards tokens_per_second eval/pass@1 eval/lenient eval/format "
-        "eval/length eval/greedy"
+        "eval/length eval/greedy eval/majority eval/reflective_words eval/language"
     ).split()
     drawn = [pattern for _, _, patterns, _ in CHARTS for pattern, _ in patterns]
     assert sorted(name.replace("reward/answer", "reward/*") for name in names) == sorted(drawn)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+from grpo_jax.config import Config
 from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.recipes.evaluate import Evaluator, bootstrap, majority_right, summarise
 from grpo_jax.recipes.loop import Stopped
@@ -86,6 +87,13 @@ def test_lenient_takes_the_last_number_and_strict_does_not():
     assert "lenient" not in summarise([record(0, False, "five", answer="a word")])
 
 
+def test_words_and_languages_are_counted():
+    records = [record(0, True, "Wait, 5. wait: waiting", language=1.0), record(1, True, "5", language=0.5)]
+    found = summarise(records, ("wait", "Check"))
+    assert found["reflective_words"] == 1.0 and found["language"] == 0.75
+    assert "reflective_words" not in summarise(records) and "language" not in summarise([record(0, True)])
+
+
 def evaluator(prompts_per_step: int) -> Evaluator:
     config = tiny.config(**{"data.prompts_per_step": prompts_per_step})
     parts = tiny.parts(config)
@@ -132,7 +140,7 @@ def test_other_steps_draw_other_samples_and_fewer_problems_the_same(filled, vari
     other = filled.sample(variables, 5, 4, 1.0, 1.0, step=4)
     assert sum(a["completion"] != b["completion"] for a, b in zip(records, other, strict=True)) > 10
     found, again = filled.measure(variables, 5, 4, 3)
-    assert again == records and found == summarise(records)
+    assert again == records and found == summarise(records, Config().eval.reflective_words)
 
 
 def test_an_evaluation_can_be_ended_between_its_batches(filled, variables):
