@@ -216,7 +216,7 @@ def test_the_report_shows_scores_filters_samples_and_costs(tmp_path):
     for name, text in (("base", "<script>alert(1)</script>"), ("zero", "1|2 <answer>3</answer>")):
         place = tmp_path / name / "evaluation" / "held_out"
         place.mkdir()
-        row = {"problem": 0, "sample": 0, "id": "0", "completion": text, "strict": float(name == "zero")}
+        row = {"problem": 0, "sample": 0, "question": "1+2=", "completion": text, "strict": float(name == "zero")}
         (place / "samples.jsonl").write_text(json.dumps(row) + "\n")
     page = write_pipeline_report(tmp_path).read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page

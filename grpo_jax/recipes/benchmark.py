@@ -303,6 +303,7 @@ class Drawer:
         return {
             **record,
             "id": problem["id"],
+            "question": question_of(problem["prompt"]),
             **dataclasses.asdict(grade),
             "format": float(not fault),
             "language": share_in_language(text, language if language in SCRIPTS else self.settings.language),
@@ -395,6 +396,11 @@ class Drawer:
         placed = {"params": place(self.model.params, self._mesh, jnp.dtype(self.settings.dtype))}
         none = PromptSet((), (np.zeros(1, np.int32),), {})
         return self._evaluator(none).ready(placed)
+
+
+def question_of(prompt: Any) -> str:
+    """What a prompt says last, for a reader."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 
 def key(record: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -38,6 +38,7 @@ CURVES = (
     ("Reflective words a completion", (("eval/reflective_words", "held-out"),), False),
     ("Language share by step", (("eval/language", "held-out"), ("reward/language", "training")), True),
 )
+HEADLINE = ("pass@1", "cons", "instructions_strict", "language", "mean_length")  # scores of the first table
 PROMPTS = 4  # of each set, whose completions stand side by side
 LONGEST = 1200  # characters of one of them
 Stages = Sequence["tuple[str, str]"]  # (folder, title)
@@ -50,33 +51,35 @@ def write_pipeline_report(workdir: pathlib.Path) -> pathlib.Path:
     found = {name: _json(workdir / name / "evaluation" / "summary.json") for name, _ in done}
     evaluated = [(name, title) for name, title in done if found[name]]
     tables = [
-        ("Stages by benchmarks", *benchmark_table(evaluated, found)),
+        ("Stages by benchmarks", *benchmark_table(evaluated, found, HEADLINE)),
         ("Samples kept and dropped", *filter_table(done, workdir)),
         ("Costs", *cost_table(done, record["stages"], workdir)),
+        ("All scores", *benchmark_table(evaluated, found, [name for name, _, _ in COLUMNS])),
     ]
     figures = [_bars(evaluated, found)] if evaluated else []
-    figures += [_curves(title, metrics) for name, title in done if (metrics := _metrics(workdir / name))]
+    figures += [drawn for name, title in done if (drawn := _curves(title, _metrics(workdir / name)))]
     samples = side_by_side(evaluated, found, workdir)
     facts = f"{len(done)} of {len(record['order'])} stages finished; {record['file']}"
     _write_markdown(workdir, record["title"], facts, tables, samples)
     body = [f"<h1>{escaped(record['title'])}</h1><p class='facts'>{escaped(facts)}</p>"]
-    for number, (title, headings, rows) in enumerate(tables):
-        body.append(f"<h2>{title}</h2>{html_table(headings, rows)}" if rows else "")
-        if number == 0 and figures:
-            body.append(f"<h2>Curves</h2>{''.join(f'<figure>{figure}</figure>' for figure in figures)}")
-    body += [_samples_html(title, headings, rows) for title, headings, rows in samples]
+    shown = [f"<h2>{title}</h2>{html_table(headings, rows)}" if rows else "" for title, headings, rows in tables]
+    curves = f"<h2>Curves</h2>{''.join(f'<figure>{figure}</figure>' for figure in figures)}" if figures else ""
+    texts = [_samples_html(title, headings, rows) for title, headings, rows in samples]
+    body += [shown[0], curves, *texts, *shown[1:]]
     write_atomic(workdir / "report.html", page(record["title"], "".join(body)))
     return workdir / "report.html"
 
 
-def benchmark_table(stages: Stages, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): a row for each score of each set, a column a stage."""
+def benchmark_table(
+    stages: Stages, found: Mapping[str, Any], names: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows): a row for each of the named scores of each set, a column a stage."""
     rows = []
     for each in _sets(stages, found):
         scores = [found[name]["sets"].get(each, {}) for name, _ in stages]
         title = next(s["title"] for s in scores if s)
         for name, label, form in COLUMNS:
-            if any(name in s for s in scores):
+            if name in names and any(name in s for s in scores):
                 rows.append([title, label, *(score_cell(s, name, form) for s in scores)])
     return ["benchmark", "score", *(title for _, title in stages)], rows
 
@@ -140,7 +143,7 @@ def side_by_side(
             some = next(column[number] for column in columns if number in column)
             cells = [(column[number]["completion"], column[number]["strict"]) if number in column else ("", None)
                      for column in columns]  # fmt: skip
-            made.append([(some.get("asked_text") or some["id"], None), *cells])
+            made.append([(some["question"], None), *cells])
         tables.append((f"The same prompts: {title}", ["prompt", *(title for _, title in stages)], made))
     return tables
 
