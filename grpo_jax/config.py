@@ -106,8 +106,10 @@ class BaseConfig:
     rope_theta: float = option(100.0, "base of the rotary angles; small, as the texts are short")
     tied: bool = option(True, "the embedding is the output matrix too")
     vocabulary: int = option(96, "upper bound on the pieces of the SentencePiece tokenizer trained in the run")
-    worked_sums: int = option(6000, "rows of mixed quality that tokenizer and base model learn from")
-    right_share: float = option(0.42, "share of worked sums that think, are right and well formed")
+    worked_sums: int = option(
+        6000, "rows of mixed quality that tokenizer and base model learn from: worked sums, or texts of data.path (tasks)"
+    )
+    right_share: float = option(0.42, "share of them that think, are right and well formed")
     sft: SftConfig = option(
         SftConfig(steps=700, batch_size=64, max_length=64, lr=3e-3), "how the base learns; its `path` must stay empty"
     )
@@ -128,8 +130,14 @@ class TextConfig:
 class DataConfig:
     """The prompts."""
 
-    source: str = option("arithmetic", "where prompts come from", ("arithmetic", "jsonl", "tfds", "hf", "memory"))
-    path: str = option("", "file (jsonl), builder name such as gsm8k (tfds), dataset folder (hf)")
+    source: str = option(
+        "arithmetic", "where prompts come from", ("arithmetic", "tasks", "jsonl", "tfds", "hf", "memory")
+    )
+    path: str = option(
+        "",
+        "file (jsonl), builder name such as gsm8k (tfds), dataset folder (hf), kinds and languages such as "
+        "'sums,countdown:en,ru' (tasks)",
+    )
     split: str = option("train", "split that is trained on (tfds, hf)")
     eval_path: str = option("", "file or folder of held-out rows; empty: `path` (tfds, hf) or the last rows (jsonl)")
     eval_split: str = option("test", "split of the held-out rows (tfds, hf)")
@@ -144,7 +152,18 @@ class DataConfig:
         "time, until the batch is full of groups that have an advantage; 1: off",
     )
     shuffle: bool = option(True, "a new order every epoch, a function of the seed alone")
-    digits: int = option(2, "arithmetic: the most digits of an operand")
+    digits: int = option(2, "arithmetic, tasks: the most digits of an operand")
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """What `grpo-jax tasks` writes as files of `data.path`, for stages that read files."""
+
+    prompts: int = option(2000, "training prompts with answers, and as many general ones, at most")
+    held_out: int = option(200, "held-out prompts of each kind, at most; of chats, pairs and points together a tenth")
+    chats: int = option(400, "chats with good responses to general prompts")
+    pairs: int = option(1500, "pairs of responses to general prompts, the more helpful one chosen")
+    points: int = option(1000, "responses to general prompts, labelled harmless or not")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,6 +503,7 @@ class Config:
     base: BaseConfig = option(BaseConfig(), "")
     text: TextConfig = option(TextConfig(), "")
     data: DataConfig = option(DataConfig(), "")
+    tasks: TasksConfig = option(TasksConfig(), "")
     sampler: SamplerConfig = option(SamplerConfig(), "")
     rewards: RewardsConfig = option(RewardsConfig(), "")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "")
@@ -682,7 +702,8 @@ def validate(config: Config, source: str = "config") -> None:
     positive = (
         "data.max_prompt_length data.prompts_per_step sampler.max_new_tokens base.layers base.width base.heads "
         "base.kv_heads base.mlp_width objective.num_iterations objective.minibatches train.steps eval.problems "
-        "eval.samples eval.final_problems checkpoint.keep data.digits base.sft.steps base.sft.batch_size "
+        "eval.samples eval.final_problems checkpoint.keep data.digits tasks.prompts tasks.held_out "
+        "tasks.chats tasks.pairs tasks.points base.sft.steps base.sft.batch_size "
         "cold_start.sft.steps cold_start.sft.batch_size sft.steps sft.batch_size rewards.timeout base.vocabulary "
         "base.worked_sums base.rope_theta base.sft.max_length cold_start.prompts cold_start.rows "
         "cold_start.sft.max_length sft.max_length optim.eps objective.cispo_max_ratio objective.sapo_temperature_pos "

@@ -1,7 +1,7 @@
 """Evaluation sets by name: where their files come from, how their rows become problems.
 
 A problem is a dict with 'id', 'prompt' (text or messages), 'kind' and what its kind is graded by: 'answer' (math,
-choice), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules' (instructions). Nothing is downloaded.
+choice, exact), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules' (instructions). Nothing is downloaded.
 """
 
 import base64
@@ -25,6 +25,7 @@ UNPACKED_LIMIT = 2**30  # bytes that the packed tests of one LiveCodeBench row m
 INSTRUCTIONS = {
     "math": "Reason step by step and put the final answer in \\boxed{}.",
     "choice": "Reason step by step and put the letter of the right choice in \\boxed{}.",
+    "exact": "Reason step by step and put the final answer in <answer></answer>.",
     "code": "Give the whole program in one ```python block.",
     "instructions": "",
 }
@@ -37,7 +38,7 @@ class Benchmark:
 
     Attributes:
       title: how papers call it.
-      kind: how it is graded: math, choice, code or instructions; empty: by the columns of each row.
+      kind: how it is graded: math, choice, exact, code or instructions; empty: by the columns of each row.
       samples: completions a problem (k) in DeepSeek-R1's tables, or a usual number where it has none.
       source: repository of the dataset on the Hugging Face Hub.
       files: names of its files, as globs, in a folder cloned from there; empty: by split.
@@ -265,8 +266,8 @@ def _own(columns: Row, where: str) -> dict[str, Any]:
         return made | {"kind": "instructions", "rules": _if_eval({"key": 0, **columns}, where)["rules"]}
     answer = str(_first(columns, "answer", "solution", "target"))
     kind = columns.get("kind", "math")
-    if kind not in ("math", "choice"):
-        raise InputError(f"{where}: kind={kind!r} is not math or choice, for rows with an answer: use one of them")
+    if kind not in ("math", "choice", "exact"):
+        raise InputError(f"{where}: kind={kind!r} is not math, choice or exact, for rows with an answer: use one of them")
     return made | {"kind": kind, "answer": answer}
 
 

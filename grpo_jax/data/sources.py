@@ -1,4 +1,4 @@
-"""Rows from where they lie: JSONL files, tensorflow-datasets, Hugging Face dataset folders, generated sums.
+"""Rows from where they lie: JSONL files, tensorflow-datasets, Hugging Face dataset folders, generated sums and tasks.
 
 Every row is a dict of its original columns, with 'prompt' (text, or a list of messages) and 'answer'
 (text) put in their place or beside them.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_jax.config import DataConfig
-from grpo_jax.data import arithmetic
+from grpo_jax.data import arithmetic, tasks
 from grpo_jax.errors import InputError
 
 HELD_OUT_SHARE = 0.1  # of a JSONL file without data.eval_path: its last rows, at least one
@@ -35,6 +35,8 @@ def load_rows(config: DataConfig, split: str, seed: int) -> list[dict]:
                 f"data.digits={config.digits} leaves no sum to the {split} split: raise it, or change {seed=}"
             )
         return rows
+    if config.source == "tasks":
+        return tasks.rows(seed, split, config.path, config.digits)
     field = "data.eval_path" if split == "eval" and config.eval_path else "data.path"
     path = config.eval_path if field == "data.eval_path" else config.path
     if not path:

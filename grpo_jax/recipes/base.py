@@ -1,12 +1,14 @@
-"""The embedded base model: a tokenizer and a small decoder learned in the run from worked sums."""
+"""The embedded base model: a tokenizer and a small decoder learned in the run from worked sums, or worked tasks."""
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
 
 from grpo_jax import processes
 from grpo_jax.config import Config
+from grpo_jax.data import tasks
 from grpo_jax.data.arithmetic import assert_disjoint, worked_sums
 from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.data.sources import load_rows
@@ -48,21 +50,20 @@ def make_base(
 
     Every part is a function of the config; what is finished is not made again.
     """
-    if config.data.source != "arithmetic":
+    if config.data.source not in WORKED:
         raise InputError(
-            f"config: model.path='' makes a base for sums, and data.source={config.data.source!r}: name a model"
+            f"config: model.path='' makes a base for sums and tasks, and data.source={config.data.source!r}: name a model"
         )
     finished = workdir / DONE
     if processes.on_first(finished.is_dir):
         return str(finished)
-    pairs = worked_sums(config.seed, config.base.worked_sums, config.data.digits, config.base.right_share)
-    assert_disjoint(pairs, held_out)
+    pairs = WORKED[config.data.source](config, held_out)
     tokenizer_path = workdir / "tokenizer.model"
 
     def make_tokenizer() -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if not tokenizer_path.exists():
-            terminal.say("training a SentencePiece tokenizer on worked sums")
+            terminal.say(f"training a SentencePiece tokenizer on worked {TEXTS[config.data.source]}")
             train_sentencepiece((p + c for p, c in pairs), config.base.vocabulary, SYMBOLS, str(tokenizer_path))
 
     processes.on_first(make_tokenizer)
@@ -85,6 +86,27 @@ def make_base(
     params = fine_tune(config, config.base.sft, module, params, examples, mesh, workdir / "sft", stop, terminal, "base")
     made = LoadedModel(architecture, {}, tokenizer, str(finished))
     return save_model(finished, made, whole(params))
+
+
+def _worked_sums(config: Config, held_out: list[dict]) -> list[tuple[str, str]]:
+    pairs = worked_sums(config.seed, config.base.worked_sums, config.data.digits, config.base.right_share)
+    assert_disjoint(pairs, held_out)
+    return pairs
+
+
+def _worked_tasks(config: Config, held_out: list[dict]) -> list[tuple[str, str]]:
+    given = config.base
+    pairs = tasks.worked_texts(config.seed, given.worked_sums, config.data.path, config.data.digits, given.right_share)
+    tasks.assert_disjoint(pairs, held_out)
+    return pairs
+
+
+# What a base learns from, by data.source: pairs (prompt, completion), checked to leave the held-out rows out.
+WORKED: dict[str, Callable[[Config, list[dict]], list[tuple[str, str]]]] = {
+    "arithmetic": _worked_sums,
+    "tasks": _worked_tasks,
+}
+TEXTS = {"arithmetic": "sums", "tasks": "tasks"}
 
 
 def base_architecture(config: Config, tokenizer: Tokenizer) -> Architecture:

@@ -8,9 +8,10 @@ import numpy as np
 
 from grpo_jax.recipes.evaluate import Same, answer_classes, bootstrap, majority, pass_at_k
 from grpo_jax.rewards.mathematics import expected_answer
+from grpo_jax.rewards.texts import expected_text
 
 VOTERS = 3  # a majority needs so many completions
-VOTING = ("math", "choice")
+VOTING = ("math", "choice", "exact")
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -68,24 +69,35 @@ def _votes(
 ) -> dict[str, Any]:
     """cons@k: share of problems whose most frequent answer is right; of equals, the first drawn wins.
 
-    Answers are one where they are equivalent. With k below the number of samples: the mean over blocks of k of them.
+    Answers are one where they are equivalent (of the kind exact: the same text). With k below the number of samples: the mean over blocks of k of them.
     """
     chosen = [(problems[group[0]["problem"]], group) for group in sampled]
     if any(problem["kind"] not in VOTING for problem, _ in chosen) or ks[-1] < VOTERS:
         return {}
+    exact = [pair for pair in chosen if pair[0]["kind"] == "exact"]
+    voted = _classes([pair for pair in chosen if pair[0]["kind"] != "exact"], same)
+    voted += [([r["answer"] for r in group], {expected_text(problem["answer"])}) for problem, group in exact]
+    found: dict[str, Any] = {"cons@k": {}}
+    for k in (k for k in ks if k >= VOTERS):
+        by_problem = []
+        for group, right in voted:
+            blocks = [majority(group[at : at + k]) for at in range(0, len(group) - k + 1, k)]
+            by_problem.append(np.mean([winner in right for winner in blocks]))
+        scores = _with_interval("cons", by_problem)
+        found["cons@k"][str(k)] = scores["cons"]
+    return {**found, **scores}
+
+
+def _classes(
+    chosen: Sequence[tuple[Mapping[str, Any], Records]], same: Same
+) -> list[tuple[list[str | None], set[str]]]:
+    """Of each problem the class of every answer, and the classes that are right."""
     classes = answer_classes([[r["answer"] for r in group] for _, group in chosen], same)
     rights = [expected_answer(problem["answer"]) for problem, _ in chosen]
     named = {(right, item) for right, group in zip(rights, classes, strict=True) for item in group if item is not None}
     verdicts = same(named)
-    found: dict[str, Any] = {"cons@k": {}}
-    for k in (k for k in ks if k >= VOTERS):
-        by_problem = []
-        for right, group in zip(rights, classes, strict=True):
-            blocks = [majority(group[at : at + k]) for at in range(0, len(group) - k + 1, k)]
-            by_problem.append(np.mean([winner is not None and verdicts[right, winner] for winner in blocks]))
-        scores = _with_interval("cons", by_problem)
-        found["cons@k"][str(k)] = scores["cons"]
-    return {**found, **scores}
+    pairs = zip(rights, classes, strict=True)
+    return [(group, {item for item in group if item is not None and verdicts[right, item]}) for right, group in pairs]
 
 
 def _share_of_rules(problems: Sequence[Mapping[str, Any]], drawn: Records, which: int) -> float:

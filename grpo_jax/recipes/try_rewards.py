@@ -20,6 +20,7 @@ from grpo_jax.parallel import check_batch, make_mesh
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_rows, starting_model
 from grpo_jax.recipes.loop import Stop, open_workdir
+from grpo_jax.rewards.letters import languages_of
 from grpo_jax.rewards.model_judge import open_model_judge, read_verdicts
 from grpo_jax.rewards.reward_model import (
     COLLECTION,
@@ -114,7 +115,9 @@ def score_completions(
         "completion_ids": ids,
         "answer": [row["answer"] for row in rows],
         "opened": opened,
+        "language": languages_of(rows, rewards.language),
     }
+    by_row = [dataclasses.replace(rewards, language=code) for code in call["language"]]
     for name in sorted(set(rewards.names) - set(found), key=lambda name: name in NEED_RIGHT):
         if name in NEED_RIGHT:
             call["right"] = [value is not None and value >= 1.0 for value, _ in found[rewards.names[0]]]
@@ -122,8 +125,8 @@ def score_completions(
             values = text_reward(name, rewards, config.sampler.max_new_tokens)(**call)
         else:
             values = _own_in_graph(name, rewards, call)
-        about = zip(texts, call["answer"], opened, ids, strict=True)
-        found[name] = [(value, reason(name, *what, rewards)) for value, what in zip(values, about, strict=True)]
+        about = zip(texts, call["answer"], opened, ids, by_row, strict=True)
+        found[name] = [(value, reason(name, *what)) for value, what in zip(values, about, strict=True)]
     return [{name: found[name][i] for name in rewards.names} for i in range(len(texts))]
 
 

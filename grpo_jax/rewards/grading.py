@@ -15,9 +15,9 @@ from grpo_jax.rewards.code import FENCE, code_reward, read_tests
 from grpo_jax.rewards.instructions import check_rules, follows, follows_loosely
 from grpo_jax.rewards.mathematics import MathReward, expected_answer, final_answer, last_boxed
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.texts import answer_span, choice_letter, last_number
+from grpo_jax.rewards.texts import answer_span, choice_letter, expected_text, last_number
 
-KINDS = ("math", "choice", "code", "instructions")
+KINDS = ("math", "choice", "exact", "code", "instructions")
 THOUGHT_END = "</think>"
 _NAMED = re.compile(r"(?i:\b(?:answer|choice|option)\b)[^A-Za-z\n]{0,8}(?i:is\b)?[^A-Za-z\n]{0,8}([A-J])(?![A-Za-z'])")
 _ALONE = re.compile(r"(?<![A-Za-z'])([A-J])(?![A-Za-z'])")
@@ -77,6 +77,8 @@ class Grader:
         for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
             if problem["kind"] == "choice":
                 grades[i] = grade_choice(problem, text)
+            elif problem["kind"] == "exact":
+                grades[i] = grade_exact(problem, text)
             elif problem["kind"] == "instructions":
                 grades[i] = grade_instructions(problem, text)
         pairs = zip(grades, ended, strict=True)
@@ -130,6 +132,14 @@ def grade_choice(problem: Problem, text: str) -> Grade:
     strict = letter.upper() if letter else None
     lenient = strict or next((m[-1] for p in (_NAMED, _ALONE) if (m := p.findall(place))), None)
     return Grade(float(strict == right), float(lenient == right), strict is not None, lenient)
+
+
+def grade_exact(problem: Problem, text: str) -> Grade:
+    """Strict wants the text in `<answer>` to be the answer; lenient takes all that follows the thought, tags or not."""
+    right, span = expected_text(problem["answer"]), answer_span(text)
+    place = text.rpartition(THOUGHT_END)[2].strip().removeprefix("<answer>").strip()
+    loose = place if span is None else span
+    return Grade(float(span == right), float(loose == right), span is not None, span or None)
 
 
 def grade_instructions(problem: Problem, text: str) -> Grade:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.errors import InputError
-from grpo_jax.rewards.letters import SCRIPTS, word_counts
+from grpo_jax.rewards.letters import SCRIPTS, languages_of, word_counts
 from grpo_jax.rewards.pool import Pooled
 from grpo_jax.rewards.texts import Completion, text_of
 
@@ -30,15 +30,24 @@ def detected_reward(language: str) -> Pooled:
         )
     if language not in SCRIPTS:
         raise InputError(f"rewards.language={language!r} has no known script: use one of {', '.join(sorted(SCRIPTS))}")
-    return Pooled("grpo_jax.rewards.languages:language_detected", {"language": language})
+    return Pooled("grpo_jax.rewards.languages:language_detected", {"target": language})
 
 
 def language_detected(
-    completions: Sequence[Completion], language: str, log_extra: Callable[[str, list], None], **columns: Any
+    completions: Sequence[Completion],
+    target: str,
+    log_extra: Callable[[str, list], None],
+    language: Sequence[Any] = (),
+    **columns: Any,
 ) -> list[float | None]:
-    """Share of the words of each completion that are in the target language; 1.0 without any word."""
+    """Share of the words of each completion that are in the target language; 1.0 without any word.
+
+    The target of a row is its column `language` where that is a known code.
+    """
     del columns
-    found = [detected_counts(text_of(completion), language, detector()) for completion in completions]
+    targets = languages_of(({"language": code} for code in language), target) or [target] * len(completions)
+    pairs = zip(completions, targets, strict=True)
+    found = [detected_counts(text_of(completion), wanted, detector()) for completion, wanted in pairs]
     log_extra("language_detected", [f"{inside} of {inside + outside} words" for inside, outside in found])
     return [inside / (inside + outside) if inside + outside else 1.0 for inside, outside in found]
 

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import re
 import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -91,6 +93,12 @@ def letter_classes(language: str) -> LetterClasses:
 
     table = np.array([kind(script_of(chr(point))) for point in range(ASTRAL[0])], np.uint8)
     return LetterClasses(table, kind("CJK"))
+
+
+def languages_of(rows: Iterable[Mapping[str, Any]], default: str) -> list[str]:
+    """The target language of each row: its column 'language' where that is a code of SCRIPTS, else the default."""
+    named = (row.get("language") for row in rows)
+    return [code if isinstance(code, str) and code in SCRIPTS else default for code in named]
 
 
 def word_counts(text: str, language: str) -> tuple[int, int]:

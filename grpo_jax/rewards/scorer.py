@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from grpo_jax.rewards import host as host_rewards
 from grpo_jax.rewards import judge, languages, mathematics
 from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.host import HostRewards, Progress
-from grpo_jax.rewards.letters import SCRIPTS
+from grpo_jax.rewards.letters import SCRIPTS, languages_of
 from grpo_jax.rewards.model_judge import ModelJudge
 from grpo_jax.rewards.pool import Pool, Pooled
 from grpo_jax.rewards.reward_model import MODEL_REWARDS, RewardModel
@@ -53,7 +54,8 @@ class Scorer:
       table: bytes of each token.
       host: the components that are ordinary Python; None when all are in-graph.
       mesh: the mesh that scoring programs run on.
-      answers: answer_bytes and answer_lengths of every dataset row, and what a judge reads; empty when nothing does.
+      answers: of every dataset row what rewards read: the right answer's bytes, the language's number, what a judge
+        wants; empty when nothing is.
       functions: the in-graph components by name.
       pools: the worker processes of host components.
       models: the components that are models; their variables come with each call.
@@ -252,6 +254,8 @@ def build_scorer(
     check_in_graph(config, in_graph)
     needing = [name for name in in_graph if name in NEED_ANSWER]
     held = {name: values for model in (models or {}).values() for name, values in model.columns.items()}
+    if "language" in in_graph:
+        held |= language_column(config, rows)
     host = HostRewards(functions, rows, decode, config.timeout, config.on_error, pools.own, progress)
     return Scorer(
         names=config.names,
@@ -260,10 +264,29 @@ def build_scorer(
         host=host if functions else None,
         mesh=mesh,
         answers=(answer_columns(rows, needing) if needing else {}) | held,
-        functions={name: verifier(name, config) for name in in_graph},
+        functions={name: in_graph_function(name, config, rows) for name in in_graph},
         pools=pools if functions else None,
         models=models or {},
     )
+
+
+def in_graph_function(name: str, config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> Verifier:
+    """The in-graph reward of this name; `language` reads the target of each row where rows name their own."""
+    made = verifier(name, config)
+    return functools.partial(made, languages=row_languages(config, rows)) if name == "language" else made
+
+
+def row_languages(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The target languages of rows with a column 'language'; empty where all have the config's."""
+    found = tuple(sorted(set(languages_of(rows, config.language))))
+    return () if found == (config.language,) else found
+
+
+def language_column(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Column 'language_number' of all rows, which counts `row_languages`; none where those are empty."""
+    found = row_languages(config, rows)
+    numbers = [found.index(code) for code in languages_of(rows, config.language)] if found else []
+    return {"language_number": np.array(numbers, np.int32)} if found else {}
 
 
 def check_in_graph(config: RewardsConfig, names: Sequence[str]) -> None:

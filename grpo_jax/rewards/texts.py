@@ -133,11 +133,15 @@ def choice(prompts: Sequence, completions: Sequence[Completion], answer: Sequenc
 
 
 def language(
-    prompts: Sequence, completions: Sequence[Completion], language: str = "en", **columns
+    prompts: Sequence, completions: Sequence[Completion], language: str | Sequence[str] = "en", **columns
 ) -> list[float | None]:
-    """Share of words in the script of the target language (DeepSeek-R1, section 2.3.2); 1.0 without any word."""
+    """Share of words in the script of the target language (DeepSeek-R1, section 2.3.2); 1.0 without any word.
+
+    `language` is the target of all rows, or the target of each.
+    """
     del prompts, columns
-    return [share_in_language(text_of(c), language) for c in completions]
+    targets = [language] * len(completions) if isinstance(language, str) else language
+    return [share_in_language(text_of(c), target) for c, target in zip(completions, targets, strict=True)]
 
 
 def repetition(

@@ -8,7 +8,7 @@ right answer. The rules are written for one completion and mapped over the batch
 within their row, hence within their device.
 
 `columns` hold what a reward reads beside the text, a row a completion: answer_bytes and answer_lengths (the right
-answer), opened (the prompt ends with `<think>`), tokens and token_lengths (the completion's ids), right (the first
+answer), language_number (of the row's target language), opened (the prompt ends with `<think>`), tokens and token_lengths (the completion's ids), right (the first
 component is at least 1).
 """
 
@@ -186,23 +186,33 @@ def choice(text: UInt8[Array, "B L"], n: Int[Array, "B"], columns: Columns) -> V
     return _verdict(jax.vmap(one)(text, columns["answer_bytes"], columns["answer_lengths"]))
 
 
-def language(text: UInt8[Array, "B L"], n: Int[Array, "B"], columns: Columns, language: str = "en") -> Verdict:
+def language(
+    text: UInt8[Array, "B L"],
+    n: Int[Array, "B"],
+    columns: Columns,
+    language: str = "en",
+    languages: Sequence[str] = (),
+) -> Verdict:
     """Share of words in the script of the target language (DeepSeek-R1, section 2.3.2); 1 without any word.
 
-    What a word is stands in `letters`: tokens become characters, a table gives each its class.
+    The target is `language`, or where `languages` are given, the one of them that the row's column language_number
+    counts. What a word is stands in `letters`: tokens become characters, a table gives each its class.
     """
-    del n, columns
-    classes = jnp.asarray(letter_classes(language).table)
+    del n
+    tables = [letter_classes(target) for target in languages or (language,)]
+    classes = jnp.concatenate([jnp.asarray(each.table) for each in tables])
+    beyond = jnp.asarray([each.beyond for each in tables], jnp.uint8)
+    numbers = columns["language_number"] if languages else jnp.zeros(text.shape[0], jnp.int32)
 
-    def one(text):
-        kind = _character_classes(text, classes, letter_classes(language).beyond)
+    def one(text, number):
+        kind = _character_classes(text, classes, number * ASTRAL[0], beyond[number])
         before = _shift(kind, -1)
         first = (text & 0xC0) != 0x80  # the first byte of a character
         starts = (kind > 0) & first & ((kind % 2 == 0) | (kind != before)) & (_shift(text, -1) != BACKSLASH)
         words, inside = starts.sum(), (starts & (kind <= 2)).sum()
         return jnp.where(words > 0, inside / jnp.maximum(words, 1), 1.0)
 
-    share = jax.vmap(one)(text).astype(jnp.float32)
+    share = jax.vmap(one)(text, jnp.asarray(numbers)).astype(jnp.float32)
     return share, jnp.ones_like(share)
 
 
@@ -349,8 +359,13 @@ def _choice_letter(
     return (letter >= ord("a")) & (letter <= ord("z")) & closed & (at < high), letter
 
 
-def _character_classes(text: UInt8[Array, "L"], table: UInt8[Array, "Z"], beyond: int) -> UInt8[Array, "L"]:
-    """The class of the character that each byte belongs to; 0 in tags and in what is no UTF-8."""
+def _character_classes(
+    text: UInt8[Array, "L"], table: UInt8[Array, "Z"], start: Int[Array, ""], beyond: UInt8[Array, ""]
+) -> UInt8[Array, "L"]:
+    """The class of the character that each byte belongs to; 0 in tags and in what is no UTF-8.
+
+    The classes of characters below ASTRAL stand in the table from `start` on.
+    """
     b = [_shift(text, i).astype(jnp.int32) for i in range(4)]
     more = [(x & 0xC0) == 0x80 for x in b]
     two = (b[0] >= 0xC2) & (b[0] <= 0xDF) & more[1]
@@ -360,8 +375,8 @@ def _character_classes(text: UInt8[Array, "L"], table: UInt8[Array, "Z"], beyond
     four = ((b[0] & 0xF8) == 0xF0) & more[1] & more[2] & more[3] & (quad >= 0x10000) & (quad <= 0x10FFFF)
     one = b[0] < 0x80
     point = jnp.where(one, b[0], jnp.where(two, (b[0] & 0x1F) << 6 | (b[1] & 0x3F), jnp.where(three, triple, quad)))
-    kind = jnp.where(point < table.shape[0], table.at[point].get(mode="clip"), jnp.uint8(0))
-    kind = jnp.where((point >= ASTRAL[0]) & (point < ASTRAL[1]), jnp.uint8(beyond), kind)
+    kind = jnp.where(point < ASTRAL[0], table.at[start + point].get(mode="clip"), jnp.uint8(0))
+    kind = jnp.where((point >= ASTRAL[0]) & (point < ASTRAL[1]), beyond, kind)
     kind = jnp.where(one | two | three | four, kind, jnp.uint8(0))
     # The other bytes of a character have its class, so that neighbours can be compared byte by byte.
     for by, reaches in ((1, two | three | four), (2, three | four), (3, four)):
