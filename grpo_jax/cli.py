@@ -139,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
         ("sft", run_sft, "fine-tune model.path on a JSONL file of chats (sft.path)"),
         ("dpo", run_dpo, "train model.path on a JSONL file of preferences (dpo.path)"),
         ("sweep", run_sweep, "train the configs of a sweep, all seeds of each in one program"),
+        ("tasks", run_tasks, "write the generated tasks of data.path (data.source='tasks') as JSONL files"),
         ("base", run_base, "make the small base model of a config that names none (model.path='')"),
     ):
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
@@ -267,6 +268,15 @@ def run_base(options: argparse.Namespace, overrides: list[str]) -> int:
     from grpo_jax.recipes.base import run
 
     return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_base"))
+
+
+def run_tasks(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax tasks`."""
+    name, config = _config(options, overrides)
+    _set_up_jax(config, options)
+    from grpo_jax.recipes.tasks import run
+
+    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_tasks"))
 
 
 def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:

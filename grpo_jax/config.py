@@ -107,7 +107,8 @@ class BaseConfig:
     tied: bool = option(True, "the embedding is the output matrix too")
     vocabulary: int = option(96, "upper bound on the pieces of the SentencePiece tokenizer trained in the run")
     worked_sums: int = option(
-        6000, "rows of mixed quality that tokenizer and base model learn from: worked sums, or texts of data.path (tasks)"
+        6000,
+        "rows of mixed quality that tokenizer and base model learn from: worked sums, or texts of data.path (tasks)",
     )
     right_share: float = option(0.42, "share of them that think, are right and well formed")
     sft: SftConfig = option(

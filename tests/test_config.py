@@ -77,7 +77,7 @@ def test_an_unknown_field_names_the_nearest(values, unknown, nearest):
         ("rewards.names", 3, "rewards.names=3 must be a list"),
         ("rewards.weights", ("1",), "rewards.weights=('1',) must be float, not str"),
         ("step.mode", "fussed", "step.mode='fussed' is not one of fused, staged; did you mean 'fused'?"),
-        ("data.source", "xyz", "data.source='xyz' is not one of arithmetic, jsonl, tfds, hf, memory"),
+        ("data.source", "xyz", "data.source='xyz' is not one of arithmetic, tasks, jsonl, tfds, hf, memory"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(name, value, says):

@@ -54,7 +54,7 @@ from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.ops.preference import dpo_losses
 from grpo_jax.optimizer import make_optimizer, make_schedule, move_routing_biases, split_routing_biases
 from grpo_jax.parallel import make_mesh, row_sharding, shardings
-from grpo_jax.recipes import base, cold_start, dpo, grpo, loop, reward_model, sft, supervised
+from grpo_jax.recipes import base, cold_start, dpo, grpo, loop, reward_model, sft, supervised, tasks
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
@@ -655,6 +655,23 @@ def test_digits():
     for digits in (1, 3):
         rows = read_rows(data_config(digits=digits), "train", None)
         assert 10 ** (digits - 1) <= max(row["a"] for row in rows) < 10**digits
+        rows = read_rows(data_config(source="tasks", path="comparison:en", digits=digits), "eval", None)
+        assert max(len(row["answer"]) for row in rows) == digits
+
+
+TASK_FILES = {"prompts": "train", "held_out": "eval_sums", "chats": "chats", "pairs": "helpful", "points": "harmless"}
+
+
+@flips(*(f"tasks.{leaf}" for leaf in TASK_FILES))
+def test_task_files(name):
+    leaf = name.removeprefix("tasks.")
+    few = {f"tasks.{other}": 2 for other in TASK_FILES} | {"data.source": "tasks", "data.path": "sums,general:en"}
+    plain, flipped = (tasks.made_files(tiny.config(**few, **more)) for more in ({}, {name: 31}))
+    grown = {file for file in plain if len(plain[file]) < len(flipped[file])}
+    assert len(flipped[f"{TASK_FILES[leaf]}.jsonl"]) == 31
+    together = {"prompts": {"general"}, "held_out": {"eval", "eval_general"}}
+    held = {"pairs": {"eval_helpful"}, "points": {"eval_harmless"}}
+    assert grown == {f"{file}.jsonl" for file in {TASK_FILES[leaf]} | (together | held).get(leaf, set())}
 
 
 # sampler

@@ -29,6 +29,7 @@ PAGES = (
     "docs/rewards.md",
     "docs/reward_models.md",
     "docs/scaling.md",
+    "docs/tasks.md",
 )
 
 

@@ -1,1 +1,1 @@
-"""Prompts: where rows come from (`sources`, `arithmetic`) and in which order they are drawn (`prompts`)."""
+"""Prompts: where rows come from (`sources`, `arithmetic`, `tasks`) and in which order they are drawn (`prompts`)."""

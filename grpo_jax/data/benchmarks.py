@@ -1,7 +1,8 @@
 """Evaluation sets by name: where their files come from, how their rows become problems.
 
 A problem is a dict with 'id', 'prompt' (text or messages), 'kind' and what its kind is graded by: 'answer' (math,
-choice, exact), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules' (instructions). Nothing is downloaded.
+choice, exact), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules' (instructions). Nothing is
+downloaded.
 """
 
 import base64
@@ -267,7 +268,9 @@ def _own(columns: Row, where: str) -> dict[str, Any]:
     answer = str(_first(columns, "answer", "solution", "target"))
     kind = columns.get("kind", "math")
     if kind not in ("math", "choice", "exact"):
-        raise InputError(f"{where}: kind={kind!r} is not math, choice or exact, for rows with an answer: use one of them")
+        raise InputError(
+            f"{where}: kind={kind!r} is not math, choice or exact, for rows with an answer: use one of them"
+        )
     return made | {"kind": kind, "answer": answer}
 
 

@@ -44,12 +44,20 @@ THINGS: dict[str, dict[str, Sequence[str]]] = {
 }
 CATEGORIES: dict[str, dict[str, Sequence[str]]] = {
     "en": {
-        **{"colour": ("red", "blue", "yellow"), "pet": ("hamster", "parrot", "puppy"), "fruit": ("pear", "plum", "grape")},
+        **{
+            "colour": ("red", "blue", "yellow"),
+            "pet": ("hamster", "parrot", "puppy"),
+            "fruit": ("pear", "plum", "grape"),
+        },
         **{"city": ("Paris", "Rome", "Oslo"), "drink": ("tea", "milk", "juice")},
     },
     "ru": {
         **{"цвет": ("красный", "синий", "жёлтый"), "зверь": ("лиса", "волк", "медведь")},
-        **{"фрукт": ("груша", "слива", "персик"), "город": ("Париж", "Рим", "Осло"), "напиток": ("чай", "молоко", "сок")},
+        **{
+            "фрукт": ("груша", "слива", "персик"),
+            "город": ("Париж", "Рим", "Осло"),
+            "напиток": ("чай", "молоко", "сок"),
+        },
     },
 }
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {  # with one slot, with two

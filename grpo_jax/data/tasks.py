@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -134,7 +134,7 @@ def _rows_of(seed: int, split: str, task: str, languages: tuple[str, ...], digit
     return [[row_of(problem, language) for problem in mine] for language, mine in _dealt(pool, languages)]
 
 
-def _dealt(items: list[Item], languages: tuple[str, ...]) -> list[tuple[str, list[Item]]]:
+def _dealt(items: Sequence[Item], languages: tuple[str, ...]) -> list[tuple[str, Sequence[Item]]]:
     return [(language, items[number :: len(languages)]) for number, language in enumerate(languages)]
 
 
@@ -154,13 +154,14 @@ def prompt(problem: Problem, language: str) -> str:
     return PROMPTS[language][problem.phrase].format(*problem.numbers)
 
 
-def problems(seed: int, split: str, task: str, digits: int) -> list[Problem]:
+@functools.lru_cache(maxsize=16)
+def problems(seed: int, split: str, task: str, digits: int) -> tuple[Problem, ...]:
     """All problems of a kind on one side in a seeded order, at most `arithmetic.MAX_ROWS`."""
     if split not in arithmetic.MAX_ROWS:
         raise ValueError(f"{split=} must be one of {tuple(arithmetic.MAX_ROWS)}")
     if not 1 <= digits <= MOST_DIGITS:
         raise InputError(f"data.digits={digits} must lie between 1 and {MOST_DIGITS} for data.source='tasks'")
-    return POOLS[task](seed, split, digits)
+    return tuple(POOLS[task](seed, split, digits))
 
 
 def _sums(seed: int, split: str, digits: int) -> list[Problem]:
@@ -295,8 +296,8 @@ def worked_texts(seed: int, count: int, path: str, digits: int, right_share: flo
     return made
 
 
-def _train_pool(seed: int, task: str, digits: int) -> list:
-    return [] if task == GENERAL else problems(seed, "train", task, digits)
+def _train_pool(seed: int, task: str, digits: int) -> tuple[Problem, ...]:
+    return () if task == GENERAL else problems(seed, "train", task, digits)
 
 
 def _mode(rng: random.Random, right_share: float) -> str:

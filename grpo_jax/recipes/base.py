@@ -52,7 +52,8 @@ def make_base(
     """
     if config.data.source not in WORKED:
         raise InputError(
-            f"config: model.path='' makes a base for sums and tasks, and data.source={config.data.source!r}: name a model"
+            f"config: model.path='' makes a base for {' or '.join(WORKED)}, not data.source={config.data.source!r}: "
+            "name a model"
         )
     finished = workdir / DONE
     if processes.on_first(finished.is_dir):

@@ -69,7 +69,8 @@ def _votes(
 ) -> dict[str, Any]:
     """cons@k: share of problems whose most frequent answer is right; of equals, the first drawn wins.
 
-    Answers are one where they are equivalent (of the kind exact: the same text). With k below the number of samples: the mean over blocks of k of them.
+    Answers are one where they are equivalent, of the kind exact where they are the same text. With k below the number
+    of samples: the mean over blocks of k of them.
     """
     chosen = [(problems[group[0]["problem"]], group) for group in sampled]
     if any(problem["kind"] not in VOTING for problem, _ in chosen) or ks[-1] < VOTERS:

@@ -16,7 +16,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import put_rows, row_sharding
 from grpo_jax.rewards.host import Record
-from grpo_jax.rewards.letters import share_in_language
+from grpo_jax.rewards.letters import languages_of, share_in_language
 from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
@@ -152,7 +152,7 @@ class Evaluator:
                     "prompt": row["prompt"],
                     "answer": row["answer"],
                     "completion": (text := self.tokenizer.decode(ids)),
-                    "language": share_in_language(text, str(row.get("language", self.parts.config.rewards.language))),
+                    "language": share_in_language(text, *languages_of([row], self.parts.config.rewards.language)),
                     "rewards": self.scorer.components(scores, i),
                     "right": scores.values[i, 0] >= 1.0,
                     "length": int(rollout.lengths[i]),

@@ -8,8 +8,8 @@ right answer. The rules are written for one completion and mapped over the batch
 within their row, hence within their device.
 
 `columns` hold what a reward reads beside the text, a row a completion: answer_bytes and answer_lengths (the right
-answer), language_number (of the row's target language), opened (the prompt ends with `<think>`), tokens and token_lengths (the completion's ids), right (the first
-component is at least 1).
+answer), language_number (of the row's target language), opened (the prompt ends with `<think>`), tokens and
+token_lengths (the completion's ids), right (the first component is at least 1).
 """
 
 import functools

