@@ -19,7 +19,7 @@ def get_config():
     c.base.heads = 4
     c.base.kv_heads = 2
     c.base.mlp_width = 384
-    c.base.vocabulary = 512
+    c.base.vocabulary = 768
     c.base.worked_sums = 24_000
     c.base.right_share = 0.36
     c.base.sft.steps = 600
@@ -39,5 +39,6 @@ def get_config():
     c.optim.schedule = "cosine"
     c.optim.final_lr_fraction = 0.1
     c.eval.final_problems = 128
+    c.eval.reflective_words = ("wait", "стой")
     c.train.steps = 120
     return c

@@ -46,7 +46,7 @@ def test_help_lists_the_commands(capsys):
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and parser.description.split()[0] in shown
         assert ("--dry_run" in shown) == (name in ("train", "pipeline"))
-        configured = ("train", "sft", "dpo", "sweep", "base", "pipeline", "rewards", "reward-model", "compile")
+        configured = ("train", "sft", "dpo", "sweep", "base", "tasks", "pipeline", "rewards", "reward-model", "compile")
         assert ("--config NAME" in shown) == (name in configured)
 
 
