@@ -106,7 +106,8 @@ POSITIVE = (
     "rewards.judge.max_tokens rewards.judge.timeout rewards.judge.concurrency "
     "data.pool_factor dpo.steps dpo.batch_size dpo.max_length dpo.beta rewards.code.seconds "
     "rewards.code.output_kb lora.alpha reward_model.steps rewards.model_judge.max_new_tokens "
-    "reward_model.batch_size reward_model.max_length distributed.heartbeat_timeout distributed.join_timeout"
+    "reward_model.batch_size reward_model.max_length distributed.heartbeat_timeout distributed.join_timeout "
+    "tasks.prompts tasks.held_out tasks.chats tasks.pairs tasks.points"
 ).split()
 NOT_NEGATIVE = (
     "objective.micro_batch_size train.pack_prompts objective.reference_every objective.beta objective.epsilon_high "

@@ -666,7 +666,7 @@ TASK_FILES = {"prompts": "train", "held_out": "eval_sums", "chats": "chats", "pa
 def test_task_files(name):
     leaf = name.removeprefix("tasks.")
     few = {f"tasks.{other}": 2 for other in TASK_FILES} | {"data.source": "tasks", "data.path": "sums,general:en"}
-    plain, flipped = (tasks.made_files(tiny.config(**few, **more)) for more in ({}, {name: 31}))
+    plain, flipped = (tasks.made_files(tiny.config(**(few | more))) for more in ({}, {name: 31}))
     grown = {file for file in plain if len(plain[file]) < len(flipped[file])}
     assert len(flipped[f"{TASK_FILES[leaf]}.jsonl"]) == 31
     together = {"prompts": {"general"}, "held_out": {"eval", "eval_general"}}

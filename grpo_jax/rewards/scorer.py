@@ -272,7 +272,7 @@ def build_scorer(
 
 def in_graph_function(name: str, config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> Verifier:
     """The in-graph reward of this name; `language` reads the target of each row where rows name their own."""
-    made = verifier(name, config)
+    made: Any = verifier(name, config)
     return functools.partial(made, languages=row_languages(config, rows)) if name == "language" else made
 
 
