@@ -34,8 +34,8 @@ def _with_messages(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         asked = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
         messages = [*asked, {"role": "assistant", "content": row["completion"]}]
         row = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-    told = isinstance(messages, list) and len(messages) > 1 and all(map(_is_message, messages))
-    if not told or messages[-1]["role"] != "assistant":
+    whole = isinstance(messages, list) and len(messages) > 1 and all(map(_is_message, messages))
+    if not isinstance(messages, list) or not whole or messages[-1]["role"] != "assistant":
         raise InputError(
             f"{where} has {sorted(row)}: it must hold 'messages' (role and content, both text; the last the "
             "assistant's), or 'prompt' and 'completion': mend or remove it"

@@ -184,8 +184,8 @@ def train_on_rows(
     model, mesh = open_model(config, options, name)
     rows = read(options.path, config.text, model.tokenizer, options.max_length)
     module, stop = open_run(config, model, workdir)
-    by_epochs = isinstance(options, SftConfig) and options.epochs
-    span = f"{options.epochs} epochs" if by_epochs else f"{options.steps} steps"
+    epochs = options.epochs if isinstance(options, SftConfig) else 0
+    span = f"{epochs} epochs" if epochs else f"{options.steps} steps"
     terminal.say(f"{len(rows)} rows, {options.batch_size} a step, {span}")
     with stop, terminal:
         collections = put_variables(config, model, mesh)
