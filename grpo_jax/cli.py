@@ -188,6 +188,8 @@ def parser() -> argparse.ArgumentParser:
     add_eval_options(made)
     made = command("reject", run_reject, "keep right and readable samples of a model as chats that sft learns from")
     add_reject_options(made)
+    made = command("mix", run_mix, "put files of chats together in given proportions, such as 3 of reasoning to 1")
+    add_mix_options(made)
     made = command(
         "plan",
         run_plan,
@@ -417,6 +419,29 @@ def add_drawing_options(made: argparse.ArgumentParser, temperature: float, top_p
     add("--tensor", type=int, default=1, help="devices that each layer is split over (default: 1)")
     add("--sandbox", default="bubblewrap", choices=("bubblewrap", "monty"), help="where programs run")
     add("--rescore", action="store_true", help="grade the kept completions anew")
+    add_judge_options(made)
+
+
+def add_judge_options(made: argparse.ArgumentParser) -> None:
+    """Options of the judge that grades rows where rules do not apply: without an answer, or with a column judge."""
+    add = made.add_argument
+    add("--judge_url", default="", help="grades rows that rules cannot: API of a server, http://localhost:8000/v1")
+    add("--judge_model", default="", help="the model's name on that server")
+    add("--judge_key_file", default="", help="file that holds the server's API key")
+    add("--judge_cache", default="", help="JSONL file of verdicts, read first and added to")
+    add("--judge_timeout", type=float, default=30.0, help="seconds that one request may take (default: 30)")
+    add("--judge_folder", default="", help="in place of a server: a model in this process, as --model takes it")
+    add("--judge_prompt", default="", help="file with another prompt to the judge: {prompt}, {answer}, {completion}")
+
+
+def judges_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of a judge make of Settings."""
+    given = {name: getattr(options, f"judge_{name}") for name in ("url", "model", "key_file", "cache", "timeout")}
+    prompts = {"prompt": options.judge_prompt}
+    return {
+        "judge": configs.JudgeConfig(**given, **(prompts if options.judge_url else {})),
+        "model_judge": configs.ModelJudgeConfig(options.judge_folder, **(prompts if options.judge_folder else {})),
+    }
 
 
 def add_eval_options(made: argparse.ArgumentParser) -> None:
@@ -445,6 +470,31 @@ def add_reject_options(made: argparse.ArgumentParser) -> None:
     add("--similarity", type=float, default=0.8, help="near duplicates share so many trigrams (default: 0.8)")
     add("--against", action="append", default=[], metavar="NAME=PLACE", help="an evaluation set to decontaminate from")
     add("--ngram", type=int, default=10, help="words that no row may share with it (default: 10)")
+    add("--summary", default="", help="write chains as reasoning and summary, by: answer, model, judge (a server)")
+    form = "<think>{reasoning}</think>, a line, {summary}"
+    add("--chat_form", default="", help=f"of such an answer, or a file with it (default: {form})")
+    sentence = "that gives the answer: TEXT with {answer}, or LANGUAGE=TEXT; may be given again"
+    add("--sentence", action="append", default=[], help=f"{sentence} (default: <answer>{{answer}}</answer>)")
+    add("--summary_model", default="", help="that summarises, as --model takes it")
+    add("--summary_prompt", default="", help="file of the question to it: {prompt}, {reasoning}, {answer}")
+    add("--summary_tokens", type=int, default=256, help="tokens a model's summary may have (default: 256)")
+
+
+def add_mix_options(made: argparse.ArgumentParser) -> None:
+    """Options of `mix`."""
+    add = made.add_argument
+    add("--workdir", default="runs/mix", help="folder of chats.jsonl (default: runs/mix)")
+    add("--part", action="append", default=[], metavar="NAME=FILE", help="a JSONL file of chats; may be given again")
+    add("--weight", action="append", default=[], metavar="NAME=NUMBER", help="its weight (default: 1)")
+    thoughts = "of its answers: keep (default), drop, or simple: drop where the prompt is short"
+    add("--thoughts", action="append", default=[], metavar="NAME=WHAT", help=f"what stands before </think> {thoughts}")
+    add("--simple_words", type=int, default=8, help="words of a short prompt at most (default: 8)")
+    add("--rows", type=int, default=0, help="of the mixture (default: as many as there are)")
+    add("--used_up", default="shrink", help="a part has too few rows: shrink the mixture (default) or repeat them")
+    add("--similarity", type=float, default=0.8, help="near duplicates share so many trigrams (default: 0.8)")
+    add("--against", action="append", default=[], metavar="NAME=PLACE", help="an evaluation set to decontaminate from")
+    add("--ngram", type=int, default=10, help="words that no row may share with it (default: 10)")
+    add("--seed", type=int, default=0, help="names the rows and their order (default: 0)")
 
 
 def run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -459,14 +509,53 @@ def run_reject(options: argparse.Namespace, overrides: list[str]) -> int:
     """`grpo-jax reject`."""
     from grpo_jax.data.filters import FilterConfig
     from grpo_jax.recipes.rejection import Rejection, run
+    from grpo_jax.recipes.summaries import SummaryConfig
 
     settings = _settings(options, overrides, "reject")
     given = vars(options)
     filters = FilterConfig(**{f.name: given[f.name] for f in dataclasses.fields(FilterConfig) if f.name in given})
-    kept = Rejection(filters, options.most, options.similarity, tuple(options.against), options.ngram)
+    summary = SummaryConfig(
+        by=options.summary,
+        form=options.chat_form or SummaryConfig.form,
+        sentences=tuple(options.sentence) or SummaryConfig.sentences,
+        model=options.summary_model,
+        prompt=options.summary_prompt,
+        max_new_tokens=options.summary_tokens,
+    )
+    kept = Rejection(filters, options.most, options.similarity, tuple(options.against), options.ngram, summary)
     return _until_stopped(
         lambda settings, workdir: run(settings, kept, workdir), settings, _default_workdir(options, "reject")
     )
+
+
+def run_mix(options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax mix`."""
+    from grpo_jax.recipes.mixing import Mixture, Part, run
+
+    if overrides:
+        raise InputError(f"{overrides[0]}: mix has options of its own: see grpo-jax mix --help")
+    files, weights, thoughts = (_by_name(options, name) for name in ("part", "weight", "thoughts"))
+    for option, given in (("weight", weights), ("thoughts", thoughts)):
+        for name in given:
+            if name not in files:
+                raise InputError(f"--{option} {name}: there is no --part of that name{_nearest(name, files)}")
+    try:
+        numbers = {name: float(value) for name, value in weights.items()}
+    except ValueError as error:
+        raise InputError(f"--weight: {error}: write NAME=NUMBER") from None
+    parts = tuple(Part(n, path, numbers.get(n, 1.0), thoughts.get(n, "keep")) for n, path in files.items())
+    own = {name: getattr(options, name) for name in ("rows", "used_up", "simple_words", "similarity", "ngram", "seed")}
+    run(Mixture(parts, against=tuple(options.against), **own), pathlib.Path(options.workdir))
+    return 0
+
+
+def _by_name(options: argparse.Namespace, option: str) -> dict[str, str]:
+    """The values NAME=VALUE of an option that may be given again."""
+    pairs = [item.partition("=") for item in getattr(options, option)]
+    for name, equals, value in pairs:
+        if not (name and equals and value) or [n for n, *_ in pairs].count(name) > 1:
+            raise InputError(f"--{option} {name}{equals}{value}: write NAME=VALUE, each name once")
+    return {name: value for name, _, value in pairs}
 
 
 def _settings(options: argparse.Namespace, overrides: list[str], command: str, **more: Any) -> Any:
@@ -479,7 +568,7 @@ def _settings(options: argparse.Namespace, overrides: list[str], command: str, *
     given = {name: value for name, value in vars(options).items() if name in own}
     given |= {"sets": tuple(options.sets), "end_tokens": tuple(options.end_token)}
     given["mesh"] = configs.MeshConfig(fsdp=options.fsdp, tensor=options.tensor)
-    return Settings(**given, code=configs.CodeConfig(sandbox=options.sandbox), **more)
+    return Settings(**given, **judges_of(options), code=configs.CodeConfig(sandbox=options.sandbox), **more)
 
 
 def _default_workdir(options: argparse.Namespace, command: str) -> pathlib.Path:

@@ -75,6 +75,7 @@ class SftConfig:
 
     path: str = option("", "JSONL file of chats ({'messages': [...]}) or {'prompt', 'completion'} rows")
     steps: int = option(100, "optimizer steps")
+    epochs: int = option(0, "times that all packs are seen, in place of `steps`; 0: `steps` counts")
     batch_size: int = option(16, "packs a step")
     max_length: int = option(256, "tokens of a pack; examples are packed, one that is longer is an error")
     lr: float = option(1e-5, "peak learning rate (cosine to a tenth, after a warm-up of a twentieth)")
@@ -722,6 +723,7 @@ def validate(config: Config, source: str = "config") -> None:
         "optim.warmup_steps optim.weight_decay sampler.top_k sampler.slots eval.every eval.majority checkpoint.every "
         "log.samples_every log.samples model.logits_chunk objective.advantage_epsilon sampler.temperature "
         "eval.temperature optim.final_lr_fraction base.sft.lr cold_start.sft.lr sft.lr train.halt_when_nonfinite "
+        "base.sft.epochs cold_start.sft.epochs sft.epochs "
         "eval.alarm_drop objective.epsilon objective.epsilon_high objective.delta objective.entropy_coef "
         "objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "

@@ -114,6 +114,7 @@ NOT_NEGATIVE = (
     "objective.advantage_epsilon optim.lr optim.clip_norm optim.warmup_steps optim.weight_decay "
     "optim.final_lr_fraction sampler.top_k sampler.slots eval.every eval.majority eval.temperature eval.alarm_drop "
     "checkpoint.every log.samples_every log.samples model.logits_chunk base.sft.lr cold_start.sft.lr sft.lr "
+    "base.sft.epochs cold_start.sft.epochs sft.epochs "
     "train.halt_when_nonfinite objective.epsilon objective.delta objective.entropy_coef "
     "objective.correction_max objective.correction_min objective.vespo_k_pos objective.vespo_k_neg "
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "

@@ -497,10 +497,10 @@ def test_base_has_no_file():
         tiny.config(**{"base.sft.path": "a.jsonl"})
 
 
-SFT_VALUES = {"steps": 3, "batch_size": 5, "max_length": 120, "lr": 0.25}
+SFT_VALUES = {"steps": 3, "epochs": 2, "batch_size": 5, "max_length": 120, "lr": 0.25}
 
 
-@flips("base.sft.steps", "base.sft.batch_size", "base.sft.lr", "base.sft.max_length")
+@flips("base.sft.steps", "base.sft.epochs", "base.sft.batch_size", "base.sft.lr", "base.sft.max_length")
 def test_base_learns_by_its_own_section(monkeypatch, tmp_path, name):
     """The section reaches fine_tune, whose use of each field `test_fine_tune` shows."""
     leaf = name.rsplit(".", 1)[-1]
@@ -1800,7 +1800,7 @@ def test_cold_start_file(model, monkeypatch, tmp_path):
     assert not sampled and model.tokenizer.decode(given.examples[0][0]) == "2+2=4"
 
 
-@flips("cold_start.sft.steps", "cold_start.sft.batch_size", "cold_start.sft.lr", "cold_start.sft.max_length")
+@flips(*(f"cold_start.sft.{leaf}" for leaf in SFT_VALUES))
 def test_cold_start_learns_by_its_own_section(model, monkeypatch, tmp_path, name):
     """The section reaches fine_tune, whose use of each field `test_fine_tune` shows."""
     leaf = name.rsplit(".", 1)[-1]
@@ -1854,12 +1854,14 @@ def fine_tuned(monkeypatch, workdir, **fields) -> tuple[list[dict], list[tuple[i
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()], shapes
 
 
-@flips("sft.steps", "sft.batch_size", "sft.max_length", "sft.lr")
+@flips("sft.steps", "sft.epochs", "sft.batch_size", "sft.max_length", "sft.lr")
 def test_fine_tune(model, monkeypatch, tmp_path, name):
     leaf = name.removeprefix("sft.")
-    value = {"steps": 4, "batch_size": 8, "max_length": 9, "lr": 0.5}[leaf]
+    value = {"steps": 4, "epochs": 5, "batch_size": 8, "max_length": 9, "lr": 0.5}[leaf]
     lines, shapes = fine_tuned(monkeypatch, tmp_path / "tuned", **{leaf: value})
     want = {**SFT_DEFAULT, leaf: value}
+    if leaf == "epochs":  # two packs five times, four a step
+        want["steps"] = 3
     assert len(lines) == want["steps"] and set(shapes) == {(want["batch_size"], want["max_length"])}
     at = np.arange(want["steps"])  # no warm-up: a twentieth of so few steps is none
     by_hand = want["lr"] * (0.1 + 0.9 * (1 + np.cos(np.pi * at / want["steps"])) / 2)

@@ -25,6 +25,7 @@ PAGES = (
     "docs/index.md",
     "docs/models.md",
     "docs/objectives.md",
+    "docs/recipes_data.md",
     "docs/results.md",
     "docs/rewards.md",
     "docs/reward_models.md",

@@ -1,8 +1,8 @@
 """Evaluation sets by name: where their files come from, how their rows become problems.
 
 A problem is a dict with 'id', 'prompt' (text or messages), 'kind' and what its kind is graded by: 'answer' (math,
-choice, exact), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules' (instructions). Nothing is
-downloaded.
+choice, exact; to a judge a reference), 'tests' (code, as `rewards.code.read_tests` takes them) or 'rules'
+(instructions). Nothing is downloaded.
 """
 
 import base64
@@ -14,7 +14,7 @@ import json
 import pathlib
 import pickletools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.data.sources import Found, jsonl_rows, read_table, split_files, tfds_rows
@@ -22,6 +22,7 @@ from grpo_jax.errors import InputError
 
 FIELD = "--set"
 LETTERS = "ABCDEFGHIJ"
+NO_ANSWER = object()
 UNPACKED_LIMIT = 2**30  # bytes that the packed tests of one LiveCodeBench row may come to
 INSTRUCTIONS = {
     "math": "Reason step by step and put the final answer in \\boxed{}.",
@@ -29,6 +30,7 @@ INSTRUCTIONS = {
     "exact": "Reason step by step and put the final answer in <answer></answer>.",
     "code": "Give the whole program in one ```python block.",
     "instructions": "",
+    "judge": "",
 }
 Row = Mapping[str, Any]
 
@@ -39,7 +41,7 @@ class Benchmark:
 
     Attributes:
       title: how papers call it.
-      kind: how it is graded: math, choice, exact, code or instructions; empty: by the columns of each row.
+      kind: how it is graded: math, choice, exact, code, instructions or judge; empty: by the columns of each row.
       samples: completions a problem (k) in DeepSeek-R1's tables, or a usual number where it has none.
       source: repository of the dataset on the Hugging Face Hub.
       files: names of its files, as globs, in a folder cloned from there; empty: by split.
@@ -91,6 +93,12 @@ def read_benchmark(name: str, place: str, limit: int = 0) -> list[dict[str, Any]
     if not problems:
         raise InputError(f"{FIELD} {name}={place}: has no rows: {benchmark.fetch(name)}")
     return problems
+
+
+def prompts_of(sets: Sequence[str]) -> list[Any]:
+    """The prompts of all problems of sets 'NAME=PLACE'."""
+    pairs = (item.partition("=")[::2] for item in sets)
+    return [problem["prompt"] for name, place in pairs for problem in read_benchmark(name, place)]
 
 
 def benchmark_named(name: str) -> Benchmark:
@@ -265,8 +273,10 @@ def _own(columns: Row, where: str) -> dict[str, Any]:
         return made | {"kind": "code", "tests": columns["tests"]}
     if columns.get("instruction_id_list"):
         return made | {"kind": "instructions", "rules": _if_eval({"key": 0, **columns}, where)["rules"]}
-    answer = str(_first(columns, "answer", "solution", "target"))
-    kind = columns.get("kind", "math")
+    given = _first({**columns, "none": NO_ANSWER}, "answer", "solution", "target", "none")
+    if columns.get("judge") or given is NO_ANSWER:  # a reference answer may be there for the judge to see
+        return made | {"kind": "judge"} | ({} if given is NO_ANSWER else {"answer": str(given)})
+    answer, kind = str(given), columns.get("kind", "math")
     if kind not in ("math", "choice", "exact"):
         raise InputError(
             f"{where}: kind={kind!r} is not math, choice or exact, for rows with an answer: use one of them"

@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config import CodeConfig, Config, MeshConfig, ModelConfig, SamplerConfig, TextConfig, from_dict
+from grpo_jax.config import (
+    CodeConfig,
+    Config,
+    JudgeConfig,
+    MeshConfig,
+    ModelConfig,
+    ModelJudgeConfig,
+    SamplerConfig,
+    TextConfig,
+    from_dict,
+)
 from grpo_jax.data.benchmarks import BENCHMARKS, FIELD, benchmark_named, read_benchmark, with_instruction
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_row_batches
 from grpo_jax.data.sources import load_rows
@@ -35,6 +45,7 @@ from grpo_jax.recipes.benchmark_scores import scores_of
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.rewards.grading import Grade, Grader
+from grpo_jax.rewards.judging import open_judge
 from grpo_jax.rewards.letters import SCRIPTS, share_in_language
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import opens_thinking, thought_and_answer_fault
@@ -77,6 +88,8 @@ class Settings:
       seed: names the samples.
       mesh: how the model is split over devices.
       code: of problems that are programs.
+      judge: a server that grades problems which no rule can.
+      model_judge: a model in this process that does so.
       rescore: grade kept completions anew.
     """
 
@@ -98,6 +111,8 @@ class Settings:
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     code: CodeConfig = dataclasses.field(default_factory=CodeConfig)
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    model_judge: ModelJudgeConfig = dataclasses.field(default_factory=ModelJudgeConfig)
     rescore: bool = False
 
 
@@ -120,7 +135,7 @@ def run(settings: Settings, workdir: pathlib.Path, terminal: Terminal | None = N
     terminal = terminal or Terminal()
     settings, run_config = resolved(settings)
     sets = read_sets(settings, run_config)
-    grader = Grader(settings.code)
+    grader = open_grader(settings)
     try:
         for each in sets:
             grader.check(each.problems, f"{FIELD} {each.name}")
@@ -182,9 +197,17 @@ def _own_rows(name: str, settings: Settings, config: Config | None) -> list[dict
     if config is None or config.data.source == "memory":
         raise InputError(f"{FIELD} {name}: needs a run whose rows lie on disk as --model: name another set")
     rows = load_rows(config.data, OWN_ROWS[name], config.seed)[: settings.problems or None]
-    kinds = [("code", "tests") if row.get("tests") else ("math", "answer") for row in rows]
-    pairs = enumerate(zip(rows, kinds, strict=True))
-    return [{"id": str(i), "kind": k, "prompt": row["prompt"], col: row[col]} for i, (row, (k, col)) in pairs]
+    problems = []
+    for number, row in enumerate(rows):
+        kind, column = ("code", "tests") if row.get("tests") else ("math", "answer")
+        kept = {name: row[name] for name in ("prompt", column, "language") if name in row}
+        problems.append({"id": str(number), "kind": "judge" if row.get("judge") else kind, **kept})
+    return problems
+
+
+def open_grader(settings: Settings) -> Grader:
+    """What grades completions of these settings; raises InputError for a judge that cannot be used."""
+    return Grader(settings.code, judge=open_judge(settings.judge, settings.model_judge))
 
 
 def _check(settings: Settings) -> None:
@@ -300,11 +323,15 @@ class Drawer:
         text = record["completion"]
         fault = thought_and_answer_fault(("<think>" if record["opened"] else "") + text)
         language = problem.get("language", self.settings.language)
+        graded = dataclasses.asdict(grade)
+        record = {name: value for name, value in record.items() if name != "analysis"}
+        if not grade.analysis:  # only a judge gives one
+            del graded["analysis"]
         return {
             **record,
             "id": problem["id"],
             "question": question_of(problem["prompt"]),
-            **dataclasses.asdict(grade),
+            **graded,
             "format": float(not fault),
             "language": share_in_language(text, language if language in SCRIPTS else self.settings.language),
         }

@@ -1,7 +1,8 @@
 """Rejection sampling: `grpo-jax reject`. Of K samples a prompt, right ones that pass the filters become chats.
 
 Completions are drawn, graded and kept as in `grpo-jax eval` (`benchmark`), so the same command goes on where it stopped
-and other filters need no new samples. What it writes, `grpo-jax sft` reads.
+and other filters need no new samples. With a summary of each (`summaries`) they are a cold start's data. What it
+writes, `grpo-jax sft` and `grpo-jax mix` read; a person may edit it first.
 """
 
 import collections
@@ -12,7 +13,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_jax.data.benchmarks import FIELD, read_benchmark
+from grpo_jax.data.benchmarks import FIELD, prompts_of
+from grpo_jax.data.chats import CHATS, edited_summary, write_chats
 from grpo_jax.data.filters import (
     FilterConfig,
     Filtered,
@@ -24,10 +26,19 @@ from grpo_jax.data.filters import (
     filter_completions,
 )
 from grpo_jax.errors import InputError
-from grpo_jax.metrics import write_atomic, write_json_atomic
 from grpo_jax.models.loading import load_model
-from grpo_jax.recipes.benchmark import Drawer, ProblemSet, Settings, check_folder, plain, read_sets, resolved
+from grpo_jax.recipes.benchmark import (
+    Drawer,
+    ProblemSet,
+    Settings,
+    check_folder,
+    open_grader,
+    plain,
+    read_sets,
+    resolved,
+)
 from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.summaries import SummaryConfig, check_summaries, summarise
 from grpo_jax.rewards.grading import Grader
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer
@@ -46,6 +57,7 @@ class Rejection:
       similarity: least share of word trigrams in common that makes two answers of a prompt near duplicates.
       against: evaluation sets, 'NAME=PLACE' each, whose texts no row may share an n-gram with.
       ngram: words of such an n-gram.
+      summary: whether and how kept chains are summarised.
     """
 
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
@@ -53,6 +65,7 @@ class Rejection:
     similarity: float = 0.8
     against: tuple[str, ...] = ()
     ngram: int = 10
+    summary: SummaryConfig = dataclasses.field(default_factory=SummaryConfig)
 
 
 def run(
@@ -60,38 +73,56 @@ def run(
 ) -> dict[str, Any]:
     """Writes `workdir/chats.jsonl` and summary.json; returns the summary, with counts of what each filter dropped.
 
-    Raises InputError before anything is sampled and where nothing is left, Stopped between batches.
+    Chats that somebody has edited are gone on with, as long as the options are the same. Raises InputError before
+    anything is sampled and where nothing is left, Stopped between batches.
     """
     terminal = terminal or Terminal()
     settings, run_config = resolved(dataclasses.replace(settings, greedy=False))
     if not settings.sets:
         raise InputError(f"{FIELD}: name the prompts: {FIELD} jsonl=FILE.jsonl, or train, a run's own")
-    sets = read_sets(settings, run_config)
     check(rejection)
-    texts = [problem["prompt"] for item in rejection.against for problem in read_benchmark(*_name_and_place(item))]
-    grader = Grader(settings.code)
+    check_summaries(rejection.summary, settings.judge)
+    options = {"settings": plain(settings), "rejection": json.loads(json.dumps(dataclasses.asdict(rejection)))}
+    if (edited := edited_summary(workdir, options)) is not None:
+        terminal.say(f"{workdir / CHATS}: edited since it was written, {edited['chats']['rows']} chats: used as it is")
+        return edited
+    sets = read_sets(settings, run_config)
+    texts = prompts_of(rejection.against)
+    grader = open_grader(settings)
     try:
         for each in sets:
             grader.check(each.problems, f"{FIELD} {each.name}")
             check_folder(workdir / each.name, settings)
-        model = load_model(settings.model)
         with Stop(None) as stop, terminal:
-            drawer = Drawer(settings, model, stop, terminal)
-            records = {each.name: drawer.complete(each, grader, workdir / each.name) for each in sets}
+            rows = sampled(settings, sets, grader, workdir, stop, terminal)
+            kept = keep(rows, rejection, texts)
+            if rejection.summary.by:
+                given = (rejection.summary, settings, rejection.filters, grader, workdir, stop, terminal)
+                kept = kept.then(lambda rows: summarise(rows, *given))
+                kept = kept.then(functools.partial(decontaminate_answers, against=texts, n=rejection.ngram))
     finally:
         grader.close()
-    rows = [row for each in sets for row in rows_of(each, records[each.name], drawer)]
-    kept = keep(rows, rejection, texts)
-    lines = [chat(row) for row in kept.rows]
-    if not lines:
+    if not kept.rows:
         reasons = ", ".join(f"{name} {count}" for name, count in kept.dropped.items() if count)
         raise InputError(f"none of {len(rows)} completions is kept ({reasons}): draw more --samples or loosen a filter")
-    write_atomic(workdir / "chats.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    summary = summary_of(rows, kept) | {"model": settings.model, "settings": plain(settings)}
-    summary["rejection"] = json.loads(json.dumps(dataclasses.asdict(rejection)))
-    write_json_atomic(workdir / "summary.json", summary)
-    tell(summary, terminal, workdir / "chats.jsonl")
+    summary = summary_of(rows, kept) | {"model": settings.model, **options}
+    summary = write_chats(workdir, [chat(row) for row in kept.rows], summary)
+    tell(summary, terminal, workdir / CHATS)
     return summary
+
+
+def sampled(
+    settings: Settings,
+    sets: Sequence[ProblemSet],
+    grader: Grader,
+    workdir: pathlib.Path,
+    stop: Stop,
+    terminal: Terminal,
+) -> list[dict[str, Any]]:
+    """All samples of the sets as the filters read them, drawn now or kept; the model is let go of afterwards."""
+    drawer = Drawer(settings, load_model(settings.model), stop, terminal)
+    records = {each.name: drawer.complete(each, grader, workdir / each.name) for each in sets}
+    return [row for each in sets for row in rows_of(each, records[each.name], drawer)]
 
 
 def check(rejection: Rejection) -> None:
@@ -114,6 +145,7 @@ def rows_of(each: ProblemSet, records: Sequence[Mapping[str, Any]], drawer: Draw
         row = {
             "set": each.name,
             "id": problem["id"],
+            "problem": problem,
             "prompt": asked.rows[number]["prompt"],
             "completion": record["completion"],
             "opening": opened[number],
@@ -153,12 +185,21 @@ def first_of_each(rows: Sequence[Mapping[str, Any]], most: int) -> Filtered:
     return Filtered(kept, {SURPLUS: len(rows) - len(kept)})
 
 
+def decontaminate_answers(rows: Sequence[Mapping[str, Any]], against: Sequence[Any], n: int) -> Filtered:
+    """`decontaminate` on what is written: a summary may hold what its chain did not."""
+    said = [{"prompt": "", "completion": row["answer_text"], "row": row} for row in rows]
+    found = decontaminate(said, against, n)
+    return Filtered([row["row"] for row in found.rows], found.dropped)
+
+
 def chat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as `grpo-jax sft` reads it; where it comes from stands beside the messages."""
     prompt = row["prompt"]
     asked = list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    answer = {"role": "assistant", "content": row["opening"] + row["completion"].strip()}
-    return {"messages": [*asked, answer], "set": row["set"], "id": row["id"]}
+    said = row["opening"] + row["completion"].strip()
+    made = {"set": row["set"], "id": row["id"]} | {n: row[n] for n in ("language",) if n in row}
+    made["messages"] = [*asked, {"role": "assistant", "content": row.get("answer_text", said)}]
+    return made | ({"completion": row["completion"]} if "answer_text" in row else {})
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]], kept: Filtered) -> dict[str, Any]:
@@ -190,8 +231,3 @@ def tell(summary: Mapping[str, Any], terminal: Terminal, path: pathlib.Path) -> 
         f"{summary['acceptance']:.1%} kept, of {summary['prompts_kept']:,} prompts; "
         f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['completions_per_second']:.2f} completions/s: {path}"
     )
-
-
-def _name_and_place(item: str) -> tuple[str, str]:
-    name, _, where = item.partition("=")
-    return name, where

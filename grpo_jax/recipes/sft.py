@@ -1,5 +1,6 @@
 """Supervised fine-tuning: next-token cross-entropy on assistant tokens only."""
 
+import dataclasses
 import functools
 import pathlib
 import types
@@ -116,6 +117,11 @@ def sft_loss(module: DecoderModule, variables: Any, batch: SftBatch, chunk: int 
     return safe_divide(total, count), {"sft/loss": (total, count)}
 
 
+def steps_of(sft: SftConfig, packs: int) -> int:
+    """Optimizer steps: as many as `epochs` of the packs take, the last batch filled up; else `steps`."""
+    return -(-sft.epochs * packs // sft.batch_size) if sft.epochs else sft.steps
+
+
 def fine_tune(
     config: Config,
     sft: SftConfig,
@@ -146,7 +152,7 @@ def fit(
     name: str,
     about: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
-    """The trained collections after `sft.steps` steps from `collections`, (trainable, frozen).
+    """The trained collections after `sft.steps` steps, or `sft.epochs`, from `collections`, (trainable, frozen).
 
     `about` is what checkpoints say of a frozen base, which they do not hold.
     """
@@ -155,6 +161,9 @@ def fit(
         return sft_loss(module, {**frozen, **trainable}, batch, config.model.logits_chunk)
 
     packs = pack(examples, sft.max_length, config.seed)
+    sft = dataclasses.replace(sft, steps=steps_of(sft, len(packs)))
+    if sft.epochs:
+        terminal.say(f"{len(packs)} packs, {sft.epochs} epochs: {sft.steps} steps")
 
     def batch(step: int) -> SftBatch:
         return drawn_batch(config, sft, step, packs, lambda own: make_sft_batch(examples, own, sft.max_length), mesh)

@@ -184,7 +184,9 @@ def train_on_rows(
     model, mesh = open_model(config, options, name)
     rows = read(options.path, config.text, model.tokenizer, options.max_length)
     module, stop = open_run(config, model, workdir)
-    terminal.say(f"{len(rows)} rows, {options.batch_size} a step, {options.steps} steps")
+    epochs = options.epochs if isinstance(options, SftConfig) else 0
+    span = f"{epochs} epochs" if epochs else f"{options.steps} steps"
+    terminal.say(f"{len(rows)} rows, {options.batch_size} a step, {span}")
     with stop, terminal:
         collections = put_variables(config, model, mesh)
         trained = train(module, collections, rows, mesh, workdir, stop, terminal, name, about_base(config, model))

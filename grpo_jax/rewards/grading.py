@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_jax.config import CodeConfig, RewardsConfig
+from grpo_jax.errors import InputError
 from grpo_jax.rewards import mathematics
 from grpo_jax.rewards.code import FENCE, code_reward, read_tests
 from grpo_jax.rewards.instructions import check_rules, follows, follows_loosely
+from grpo_jax.rewards.judging import Judge
 from grpo_jax.rewards.mathematics import MathReward, expected_answer, final_answer, last_boxed
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.texts import answer_span, choice_letter, expected_text, last_number
 
-KINDS = ("math", "choice", "exact", "code", "instructions")
+KINDS = ("math", "choice", "exact", "code", "instructions", "judge")
 THOUGHT_END = "</think>"
 _NAMED = re.compile(r"(?i:\b(?:answer|choice|option)\b)[^A-Za-z\n]{0,8}(?i:is\b)?[^A-Za-z\n]{0,8}([A-J])(?![A-Za-z'])")
 _ALONE = re.compile(r"(?<![A-Za-z'])([A-J])(?![A-Za-z'])")
@@ -36,6 +38,7 @@ class Grade:
       asked: whether an answer stands where it was asked for, right or wrong.
       answer: what it answers, for a majority; None where it answers nothing, and for code and instructions.
       parts: shares of instructions that are followed, strictly and loosely; empty for other kinds.
+      analysis: a judge's reasons; empty for other kinds.
     """
 
     strict: float
@@ -43,25 +46,37 @@ class Grade:
     asked: bool
     answer: str | None = None
     parts: tuple[float, ...] = ()
+    analysis: str = ""
 
 
 class Grader:
-    """Grades completions by the kind of their problem; owns the worker processes that compare answers."""
+    """Grades completions by the kind of their problem; owns the worker processes that compare answers.
 
-    def __init__(self, code: CodeConfig | None = None, workers: int = 0, math_timeout: float | None = None):
-        self._code = code or CodeConfig()
+    `judge` grades problems of the kind 'judge': where rules do not apply.
+    """
+
+    def __init__(
+        self,
+        code: CodeConfig | None = None,
+        workers: int = 0,
+        math_timeout: float | None = None,
+        judge: Judge | None = None,
+    ):
+        self._code, self._judge = code or CodeConfig(), judge
         self._pool = Pool(workers, mathematics.SETUP)
         timeout = RewardsConfig().math_timeout if math_timeout is None else math_timeout
         self._math = MathReward(self._pool, timeout, float("inf"))
 
     def check(self, problems: Sequence[Problem], where: str) -> None:
-        """Raises InputError for problems that cannot be graded, and where code has no sandbox; before any sampling."""
+        """Raises InputError for problems that cannot be graded (no judge, no sandbox), before any sampling."""
         for problem in problems:
             at = f"{where}: problem {problem['id']}"
             if problem["kind"] == "code":
                 read_tests(problem["tests"], at)
             elif problem["kind"] == "instructions":
                 check_rules(problem["rules"], at)
+            elif problem["kind"] == "judge" and self._judge is None:
+                raise InputError(f"{at} has no answer that rules compare: add one, or name a judge (--judge_url)")
         programs = [problem for problem in problems if problem["kind"] == "code"]
         if programs:
             code_reward(self._code, programs)
@@ -69,7 +84,8 @@ class Grader:
     def grade(self, problems: Sequence[Problem], texts: Sequence[str], ended: Sequence[bool]) -> list[Grade]:
         """One grade a completion."""
         grades: list[Grade] = [Grade(0.0, 0.0, False)] * len(texts)
-        for kind, grade in (("math", self._grade_math), ("code", self._grade_code)):
+        by_kind = {"math": self._grade_math, "code": self._grade_code, "judge": self._grade_judged}
+        for kind, grade in by_kind.items():
             chosen = [i for i, problem in enumerate(problems) if problem["kind"] == kind]
             made = grade([problems[i] for i in chosen], [texts[i] for i in chosen]) if chosen else []
             for i, found in zip(chosen, made, strict=True):
@@ -113,6 +129,15 @@ class Grader:
         passed = [bool(value) for value in reward(texts, [problem["tests"] for problem in problems])]
         fenced = [FENCE.search(text.rpartition(THOUGHT_END)[2]) is not None for text in texts]
         return [Grade(float(good and fence), float(good), fence) for good, fence in zip(passed, fenced, strict=True)]
+
+    def _grade_judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
+        """Strict: the judge is sure; lenient: it finds it rather right; no verdict: neither, and not `asked`."""
+        assert self._judge is not None, "check comes first"
+        grades = []
+        for verdict in self._judge(problems, texts):
+            says = -1.0 if verdict.correctness is None else verdict.correctness
+            grades.append(Grade(float(says >= 1), float(says >= 0.5), says >= 0, analysis=verdict.analysis))
+        return grades
 
 
 def loose_answers(text: str) -> tuple[str, ...]:

@@ -168,15 +168,7 @@ def open_model_judge(
     own = own.with_end_tokens(text.end_tokens)
     if not own.end_ids:
         raise InputError(f"{where}: names no end token: set text.end_tokens")
-    question = PROMPT
-    if config.prompt:
-        if not pathlib.Path(config.prompt).is_file():
-            raise InputError(
-                f"rewards.model_judge.prompt={config.prompt!r}: no such file; give a text with {{completion}}"
-            )
-        question = pathlib.Path(config.prompt).read_text(encoding="utf-8")
-    if question.count("{completion}") != 1:
-        raise InputError(f"rewards.model_judge.prompt={config.prompt!r}: must hold {{completion}} once")
+    question = question_of(config)
     halves = [judge_halves(question, row, own) for row in rows]
     width = max((len(before) for before, _ in halves), default=1)
     table, lengths = np.zeros((len(halves), width), np.int32), np.zeros(len(halves), np.int32)
@@ -188,6 +180,20 @@ def open_model_judge(
     module = Decoder(architecture, dtype=jnp.dtype(model.compute_dtype))
     columns = {COLUMN: table, f"{COLUMN}_lengths": lengths}
     return ModelJudge(sampler, module, mesh, own.end_ids, columns, tuple(halves[0][1]) if halves else ())
+
+
+def question_of(config: ModelJudgeConfig) -> str:
+    """The judge's prompt with its placeholders; raises InputError for a file that will not do."""
+    question = PROMPT
+    if config.prompt:
+        if not pathlib.Path(config.prompt).is_file():
+            raise InputError(
+                f"rewards.model_judge.prompt={config.prompt!r}: no such file; give a text with {{completion}}"
+            )
+        question = pathlib.Path(config.prompt).read_text(encoding="utf-8")
+    if question.count("{completion}") != 1:
+        raise InputError(f"rewards.model_judge.prompt={config.prompt!r}: must hold {{completion}} once")
+    return question
 
 
 def judge_halves(question: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

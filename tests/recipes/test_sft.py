@@ -71,6 +71,21 @@ def test_padding_has_no_influence_and_no_mask_no_gradient(loss_and_gradient):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(zero))
 
 
+def test_examples_of_a_pack_do_not_see_each_other(loss_and_gradient):
+    """Only the pack's second example is learned: another first one changes neither loss nor gradient by a bit."""
+    params, batch, program = loss_and_gradient
+    second = batch.segments == 2
+    batch = dataclasses.replace(batch, mask=batch.mask * second)
+    loss, (_, count), gradient = program(params, batch)
+    changed = np.where(batch.segments == 1, (batch.tokens + 3) % 13 + 1, batch.tokens)
+    assert count == 3 and (changed != batch.tokens).any(axis=1).all()
+    other_loss, _, other = program(params, dataclasses.replace(batch, tokens=changed))
+    assert other_loss == loss
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), gradient, other))
+    own = np.where(second, (batch.tokens + 3) % 13 + 1, batch.tokens)
+    assert program(params, dataclasses.replace(batch, tokens=own))[0] != loss
+
+
 def test_an_untied_head_gets_gradient_from_learned_tokens_alone():
     """The head's gradient is softmax minus one-hot, averaged over the places that predict learned tokens."""
     architecture = tiny.architecture(tied=False, layers=1)
@@ -89,6 +104,12 @@ def test_an_untied_head_gets_gradient_from_learned_tokens_alone():
         law[ids[at + 1]] -= 1
         expected += np.outer(hidden[at], law) / 2
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("epochs", "packs", "steps"), [(0, 7, 100), (1, 8, 2), (2, 7, 4), (3, 1, 1)])
+def test_epochs_make_steps(epochs, packs, steps):
+    """As many batches of four as hold all packs so often; the last one is filled up."""
+    assert sft.steps_of(SftConfig(epochs=epochs, batch_size=4), packs) == steps
 
 
 def test_packs_hold_every_example_once_and_nothing_too_long():

@@ -1,67 +1,13 @@
 """The reward 'judge' against a server of our own on this machine."""
 
 import contextlib
-import http.server
-import json
-import threading
-import time
 
 import pytest
+from judge_server import reply, says, serving
 
 from grpo_jax.config import JudgeConfig
 from grpo_jax.errors import InputError
 from grpo_jax.rewards.judge import JudgeError, JudgeReward, Retry, parse_verdict
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers with what `script` says next, (status, headers, text); its last entry is repeated."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.inside, self.most, self.lock = list(script), [], 0, 0, threading.Lock()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1/"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.inside += 1
-            server.most = max(server.most, server.inside)
-            server.seen.append((self.path, self.headers.get("Authorization"), body))
-            status, given, text = server.script.pop(0) if len(server.script) > 1 else server.script[0]
-        headers = dict(given)
-        if callable(text):
-            text = text(body)
-        time.sleep(headers.pop("sleep", 0))
-        with server.lock:
-            server.inside -= 1
-        data = text.encode()
-        with contextlib.suppress(OSError):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def reply(content):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-
-
-def says(correctness, analysis="because"):
-    return reply(json.dumps({"analysis": analysis, "correctness": correctness}))
-
 
 GOOD = (200, {}, says(True))
 
@@ -72,13 +18,7 @@ def served(monkeypatch):
     with contextlib.ExitStack() as stack:
 
         def start(*script, **options):
-            server = Server(script)
-            thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-            waits = []
+            server, waits = stack.enter_context(serving(*script)), []
             config = JudgeConfig(url=server.url, model="judge-1", **options)
             return server, JudgeReward(config, sleep=waits.append), waits
 
@@ -138,9 +78,11 @@ def test_the_cache_is_a_file_that_a_later_run_reads(served, tmp_path):
     path = tmp_path / "verdicts.jsonl"
     server, judge, _ = served((200, {}, says(0.25, "half-hearted")), cache=str(path))
     assert judge(prompts=["p"] * 3, completions=["a", "b", "a"]) == [0.25] * 3 and len(server.seen) == 2
-    path.write_text(path.read_text() + '{"key": "torn')
+    whole = path.read_text()
+    path.write_text(whole + '{"key": "torn')
     again, later, _ = served((500, {}, ""), cache=str(path))
     assert later(prompts=["p"] * 2, completions=["b", "a"]) == [0.25] * 2 and not again.seen
+    assert path.read_text() == whole, "what is added stands on a line of its own"
     path.write_text("not a verdict\n" + path.read_text())
     with pytest.raises(InputError, match="line 1 is no verdict"):
         JudgeReward(JudgeConfig(url="u", model="m", cache=str(path)))
