@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import CodeConfig, Config, MeshConfig, ModelConfig, SamplerConfig, TextConfig, from_dict
 from grpo_jax.data.benchmarks import BENCHMARKS, FIELD, benchmark_named, read_benchmark, with_instruction
+from grpo_jax.data.mixture import load_all_rows
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_row_batches
-from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, read_jsonl, write_atomic, write_json_atomic
 from grpo_jax.models.decoder import Decoder
@@ -181,7 +181,8 @@ def read_sets(settings: Settings, run_config: Config | None = None) -> list[Prob
 def _own_rows(name: str, settings: Settings, config: Config | None) -> list[dict[str, Any]]:
     if config is None or config.data.source == "memory":
         raise InputError(f"{FIELD} {name}: needs a run whose rows lie on disk as --model: name another set")
-    rows = load_rows(config.data, OWN_ROWS[name], config.seed)[: settings.problems or None]
+    rows = load_all_rows(config.data, OWN_ROWS[name], config.seed)
+    rows = [row for row in rows if row.get("tests") or row["answer"]][: settings.problems or None]
     kinds = [("code", "tests") if row.get("tests") else ("math", "answer") for row in rows]
     pairs = enumerate(zip(rows, kinds, strict=True))
     return [{"id": str(i), "kind": k, "prompt": row["prompt"], col: row[col]} for i, (row, (k, col)) in pairs]
