@@ -58,6 +58,8 @@ def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str,
     fields = [item for item in given if item.startswith("--config.")]
     for item in fields:
         name, equals, _ = item.removeprefix("--config.").partition("=")
+        if sections := configs.list_around(name):
+            raise InputError(f"--config.{name}: {sections} is a list of sections: set it in a config file")
         if name not in known:
             raise configs.unknown_field("--config", name)
         if not equals:

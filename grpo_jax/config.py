@@ -8,6 +8,7 @@ the frozen dataclasses below travel, and each function takes the section that it
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -129,6 +130,29 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptSetConfig:
+    """One of several prompt sets that a run draws from, with rewards of its own; `data.sets` is a list of them.
+
+    Set in config files: `c.data.sets = ({"name": ..., "path": ..., "rewards": (...)}, ...)`. What is not named here,
+    such as `data.digits`, is that of `data`.
+    """
+
+    name: str = option("", "its name, in metrics, in samples and in the column `set` of its rows")
+    weight: float = option(1.0, "prompts of it that a step draws, over the sum of the weights of all sets drawn then")
+    rewards: tuple[str, ...] = option((), "those of rewards.names that its completions earn; empty: all")
+    reward_weights: tuple[float, ...] = option((), "one weight for each of them; empty: those of rewards.weights")
+    late: bool = option(False, "it is drawn from rewards.late_from on, not before")
+    source: str = option("jsonl", "where its prompts come from", ("arithmetic", "tasks", "jsonl", "tfds", "hf"))
+    path: str = option("", "as data.path")
+    split: str = option("train", "as data.split")
+    eval_path: str = option("", "as data.eval_path")
+    eval_split: str = option("test", "as data.eval_split")
+    prompt_column: str = option("question", "as data.prompt_column")
+    answer_column: str = option("answer", "as data.answer_column")
+    answer_marker: str = option("", "as data.answer_marker")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The prompts."""
 
@@ -144,7 +168,7 @@ class DataConfig:
     eval_path: str = option("", "file or folder of held-out rows; empty: `path` (tfds, hf) or the last rows (jsonl)")
     eval_split: str = option("test", "split of the held-out rows (tfds, hf)")
     prompt_column: str = option("question", "column with the prompt: text, or a list of messages")
-    answer_column: str = option("answer", "column with the right answer")
+    answer_column: str = option("answer", "column with the right answer; empty: rows have none")
     answer_marker: str = option("", "the answer is what follows this mark in its column ('####' for GSM8K); empty: all")
     max_prompt_length: int = option(16, "tokens a prompt may have, template included; longer ones are an error")
     prompts_per_step: int = option(16, "prompts a step; times sampler.group_size gives completions")
@@ -155,6 +179,7 @@ class DataConfig:
     )
     shuffle: bool = option(True, "a new order every epoch, a function of the seed alone")
     digits: int = option(2, "arithmetic, tasks: the most digits of an operand")
+    sets: tuple[PromptSetConfig, ...] = option((), "several prompt sets in place of `source` and `path`; each:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +272,12 @@ class RewardsConfig:
         ("answer", "format"), "components: in-graph and host rewards by name (see rewards.md), or 'module:function'"
     )
     weights: tuple[float, ...] = option((1.0, 0.2), "one weight a component")
+    late_names: tuple[str, ...] = option((), "components that earn nothing before late_from, and are not asked")
+    late_from: float = option(
+        0.0,
+        "steps before the late components and prompt sets begin, or, below 1, their share of train.steps (R1: 1300 of "
+        "1700)",
+    )
     timeout: float = option(60.0, "seconds that one call of a host reward may take")
     on_error: str = option(
         "raise", "an error or time-out of a host reward ends the run, or scores its completion 0", ("raise", "zero")
@@ -372,6 +403,22 @@ class PpoConfig:
     whiten_advantages: bool = option(True, "advantages of a rollout get mean 0 and standard deviation 1")
     kl_in_reward: bool = option(
         False, "objective.beta weighs log pi_old - log pi_ref taken off each token's reward, not a KL in the loss"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """On-policy distillation (GKD, arXiv 2306.13649): the student is brought to a teacher's law on its own samples."""
+
+    teacher: str = option("", "model that teaches, given as model.path is, with the student's tokenizer; empty: none")
+    loss: str = option(
+        "full",
+        "full: the reverse KL of each token's law, over the whole vocabulary; sampled: its estimate by the sampled "
+        "token, as an advantage of the objective",
+        ("full", "sampled"),
+    )
+    weight: float = option(
+        1.0, "share of the teacher: rewards' advantages count 1 - weight, the reverse KL weight; 1: the teacher alone"
     )
 
 
@@ -510,6 +557,7 @@ class Config:
     rewards: RewardsConfig = option(RewardsConfig(), "")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "")
     ppo: PpoConfig = option(PpoConfig(), "")
+    distill: DistillConfig = option(DistillConfig(), "")
     optim: OptimConfig = option(OptimConfig(), "")
     step: StepConfig = option(StepConfig(), "")
     mesh: MeshConfig = option(MeshConfig(), "")
@@ -528,6 +576,17 @@ class Config:
         """B, the completions of one step."""
         return self.data.prompts_per_step * self.sampler.group_size
 
+    @property
+    def draws_per_step(self) -> int:
+        """Prompts that a step is handed."""
+        return self.data.pool_factor * self.data.prompts_per_step
+
+    @property
+    def late_step(self) -> int:
+        """The step, counted from 0, with which late components and sets begin."""
+        late = self.rewards.late_from
+        return round(late * self.train.steps) if late < 1 else int(late)
+
 
 def default_config() -> ml_collections.ConfigDict:
     """All fields at their defaults, as the ConfigDict that an experiment file edits."""
@@ -535,13 +594,14 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """A config dataclass as a ConfigDict of the same shape."""
-    return ml_collections.ConfigDict(
-        {
-            f.name: to_config_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
-            for f in dataclasses.fields(config)
-        }
-    )
+    """A config dataclass as a ConfigDict of the same shape; lists of sections become tuples of dicts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(dict(to_config_dict(item)) if dataclasses.is_dataclass(item) else item for item in value)
+        return to_config_dict(value) if dataclasses.is_dataclass(value) else value
+
+    return ml_collections.ConfigDict({f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)})
 
 
 def to_json(config: Config) -> str:
@@ -569,6 +629,10 @@ def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             made[name] = _build(typing.cast(type, hints[name]), value, source, f"{prefix}{name}.")
+        elif (item := section_of_list(hints[name])) is not None:
+            if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
+                raise InputError(f"{source}: {prefix}{name}={value!r} must be a list of sections")
+            made[name] = tuple(_build(item, v, source, f"{prefix}{name}[{i}].") for i, v in enumerate(value))
         else:
             made[name] = _coerce(hints[name], value, f"{source}: {prefix}{name}={value!r}")
             choices = fields[name].metadata["choices"]
@@ -592,19 +656,37 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def section_of_list(hint: Any) -> type | None:
+    """The section that a field holds a list of; None for fields of other kinds."""
+    item = (*typing.get_args(hint), None)[0]
+    return typing.cast(type, item) if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item) else None
+
+
+def list_around(name: str) -> str:
+    """The list of sections that a dotted name is, or lies in; '' for other names."""
+    cls: Any = Config
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        hint = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
+        if section_of_list(hint):
+            return ".".join(parts[:depth])
+        cls = hint
+    return ""
+
+
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, sections left out."""
+    """Dotted names of all fields, sections left out; of a list of sections, those of each."""
     names = []
     for name, hint in typing.get_type_hints(cls).items():
-        nested = dataclasses.is_dataclass(hint)
-        names += field_names(typing.cast(type, hint), f"{prefix}{name}.") if nested else [prefix + name]
+        section = hint if dataclasses.is_dataclass(hint) else section_of_list(hint)
+        names += field_names(typing.cast(type, section), f"{prefix}{name}.") if section else [prefix + name]
     return names
 
 
 def value_of(config: Any, name: str) -> Any:
-    """The value of a field by its dotted name."""
+    """The value of a field by its dotted name; in a list of sections a tuple, one value each."""
     for part in name.split("."):
-        config = getattr(config, part)
+        config = tuple(getattr(c, part) for c in config) if isinstance(config, tuple) else getattr(config, part)
     return config
 
 
@@ -626,12 +708,16 @@ def config_markdown() -> str:
 
 
 def _markdown_section(name: str, section: Any, doc: str) -> list[str]:
+    hints = typing.get_type_hints(type(section))
+    lists = {f.name: item for f in dataclasses.fields(section) if (item := section_of_list(hints[f.name]))}
     nested = [f for f in dataclasses.fields(section) if dataclasses.is_dataclass(f.default)]
-    plain = [f for f in dataclasses.fields(section) if f not in nested]
-    about = [(type(section).__doc__ or "").strip()] + ([f"({doc})"] if doc else [])
+    plain = [f for f in dataclasses.fields(section) if f not in nested and f.name not in lists]
+    about = [inspect.cleandoc(type(section).__doc__ or "")] + ([f"({doc})"] if doc else [])
     lines = ["", f"## {name}", "", " ".join(about), "", *_markdown_table(plain, section, f"{name}.")]
     for f in nested:
         lines += _markdown_section(f"{name}.{f.name}", getattr(section, f.name), f.metadata["doc"])
+    for inside, item in lists.items():
+        lines += _markdown_section(f"{name}.{inside}", item(), "")
     return lines
 
 
@@ -814,6 +900,85 @@ def validate(config: Config, source: str = "config") -> None:
         "data.path",
         f"is empty: data.source={c.data.source!r} needs the file, folder or name to read",
     )
+    _validate_sets(c, require, source)
+    _validate_distill(c, require)
+
+
+def _validate_sets(c: Config, require: Callable[[bool, str, str], None], source: str) -> None:
+    """Prompt sets and what begins late."""
+    known, late = c.rewards.names, c.rewards.late_names
+    for name in late:
+        require(name in known[1:], "rewards.late_names", f"must be of those after the first of rewards.names={known!r}")
+    begins = bool(late) or any(each.late for each in c.data.sets)
+    fits = 0 < c.late_step < c.train.steps and (c.rewards.late_from < 1 or c.rewards.late_from % 1 == 0)
+    require(
+        fits if begins else c.rewards.late_from == 0,
+        "rewards.late_from",
+        f"must be a number of steps below train.steps={c.train.steps}, or a share of them"
+        if begins
+        else "has no effect: nothing is in rewards.late_names, and no prompt set is late",
+    )
+    if not c.data.sets:
+        return
+    require(not c.data.path, "data.path", "is not read: each of data.sets names its own")
+    require(bool(c.model.path), "model.path", "is empty, and data.sets are no sums to make a base from: name a model")
+    require(
+        not c.cold_start.enabled, "cold_start.enabled", "samples one dataset: make the cold start without data.sets"
+    )
+    for number, each in enumerate(c.data.sets):
+        _validate_set(each, f"{source}: data.sets[{number}]", known)
+    names = [each.name for each in c.data.sets]
+    require(len(set(names)) == len(names), "data.sets.name", "names two sets alike")
+    require(not all(each.late for each in c.data.sets), "data.sets.late", "leaves nothing to draw at the start")
+    graded = [each for each in c.data.sets if known[0] in (each.rewards or known) and not each.late]
+    require(
+        bool(graded), "data.sets.rewards", f"has {known[0]!r}, which says what is right, in no set drawn from the start"
+    )
+
+
+def _validate_distill(c: Config, require: Callable[[bool, str, str], None]) -> None:
+    """A teacher in the step."""
+    d, plain = c.distill, DistillConfig()
+    require(0 < d.weight <= 1, "distill.weight", "must be above 0 and at most 1 (1: the teacher alone)")
+    if not d.teacher:
+        for name in ("distill.loss", "distill.weight"):
+            default = getattr(plain, name.removeprefix("distill."))
+            require(value_of(c, name) == default, name, "has no effect without distill.teacher: name a model there")
+        return
+    require(
+        c.objective.baseline != "value",
+        "distill.teacher",
+        "does not go with objective.baseline='value': rewards by token and a teacher by token are not mixed",
+    )
+    require(
+        d.weight < 1 or c.data.pool_factor == 1,
+        "data.pool_factor",
+        "selects groups by their rewards, of which none counts at distill.weight=1: set it to 1",
+    )
+
+
+def _validate_set(each: PromptSetConfig, where: str, known: tuple[str, ...]) -> None:
+    """One prompt set by itself."""
+
+    def require(ok: bool, name: str, fix: str) -> None:
+        if not ok:
+            raise InputError(f"{where}.{name}={getattr(each, name)!r} {fix}")
+
+    require(bool(re.fullmatch(r"[\w-]+", each.name)), "name", "must be a word of letters, digits, _ and -")
+    require(0 < each.weight < float("inf"), "weight", "must be positive")
+    for name in each.rewards:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        require(name in known, "rewards", f"has {name!r}, which is not in rewards.names={known!r}{hint}")
+    require(len(set(each.rewards)) == len(each.rewards), "rewards", "names a reward twice")
+    require(
+        len(each.reward_weights) in (0, len(each.rewards or known)),
+        "reward_weights",
+        f"must hold one weight for each of {each.rewards or known!r}",
+    )
+    require(
+        each.source in ("arithmetic", "tasks") or bool(each.path), "path", f"is empty: source={each.source!r} needs it"
+    )
 
 
 def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) -> None:
@@ -836,8 +1001,9 @@ def _validate_objective(c: Config, require: Callable[[bool, str, str], None]) ->
         "ppo.critic",
         f"trains a decoder of its own, and lora.rank={c.lora.rank} freezes decoders: take head",
     )
+    taught = bool(c.distill.teacher) and c.distill.weight == 1
     require(
-        lone or o.baseline == "value" or c.sampler.group_size >= 2,
+        lone or taught or o.baseline == "value" or c.sampler.group_size >= 2,
         "sampler.group_size",
         "must be at least 2: a group of 1 has no advantage (objective.baseline=batch or none compares otherwise)",
     )

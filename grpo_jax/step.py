@@ -26,11 +26,11 @@ from grpo_jax.batches import TrainingBatch, by_row, join, loop, make_packs, pack
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
-from grpo_jax.models.value import init_value, read_values, without_value
+from grpo_jax.models.value import TEACHER, init_value, read_values, without_value
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.gae import explained_variance, gae, token_rewards, value_losses, whiten
-from grpo_jax.ops.logprobs import token_logps
+from grpo_jax.ops.logprobs import distilled_logps, token_logps
 from grpo_jax.ops.masked import masked_mean, masked_select, safe_divide
 from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask, weighted_sum
 from grpo_jax.ops.packing import Pack
@@ -126,6 +126,7 @@ class StepParts:
     end_ids: tuple[int, ...]
     stops: StopTable | None = None
     seed_axis: str | None = None
+    teacher: DecoderModule | None = None
 
 
 def init_state(
@@ -177,7 +178,8 @@ def casts(path: str, x: Array) -> bool:
 def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
     """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
     dtype = jnp.dtype(parts.config.model.compute_dtype)
-    policy = {name: tree for name, tree in without_value(variables).items() if name != COLLECTION}
+    others = (COLLECTION, TEACHER)
+    policy = {name: tree for name, tree in without_value(variables).items() if name not in others}
     cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
     return unstack(cast, parts.module.architecture)
@@ -229,14 +231,14 @@ def token_advantages(parts: StepParts, rollout: Rollout, scores: Scores) -> Floa
     With steps, the outcome (the weighted components) is the reward of the last token, unless all its weights are 0.
     """
     group, o = parts.config.sampler.group_size, parts.config.objective
-    values, valid, weights = scores.values, scores.valid, parts.scorer.weights
+    values, valid, weights = scores.values, scores.valid, parts.scorer.row_weights(scores)
     if scores.step_rewards is None or scores.step_ends is None:
         by_row = advantages(values, group, o, rollout.weight, component_weights=weights, valid=valid)
         return by_row[:, None]
     rewards, ends = scores.step_rewards, scores.step_ends
-    if any(weights):
+    if any(parts.scorer.weights) or scores.rewards is not None:
         last = jnp.arange(rewards.shape[1]) == rollout.lengths[:, None] - 1
-        rewards = rewards + last * jnp.sum(values * valid * jnp.asarray(weights, values.dtype), axis=1, keepdims=True)
+        rewards = rewards + last * jnp.sum(values * valid * weights, axis=1, keepdims=True)
         ends = jnp.maximum(ends, last)
     return advantages(rewards, group, o, rollout.weight, step_ends=ends)
 
@@ -311,19 +313,45 @@ def completion_logps(
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probability and entropy at the sampling temperature of each completion token, a row a completion."""
     hidden = completion_hidden(parts, variables, pack) if hidden is None else hidden
-
-    def unembed(hidden: Array) -> Array:
-        return parts.module.apply(variables, hidden, method="logits")
-
-    laws = token_logps(
-        hidden,
-        unembed,
-        pack.targets,
-        parts.config.sampler.temperature,
-        parts.config.model.logits_chunk,
-        entropy_gradient=parts.config.objective.entropy_coef > 0,
-    )
+    laws = token_logps(hidden, unembedding(parts.module, variables), pack.targets, **law_options(parts))
     return by_row(pack, laws[0]), by_row(pack, laws[1])
+
+
+def unembedding(module: DecoderModule, variables: dict[str, Any]) -> Callable[[Array], Array]:
+    """From hidden states to logits."""
+    return lambda hidden: module.apply(variables, hidden, method="logits")
+
+
+def law_options(parts: StepParts) -> dict[str, Any]:
+    """How the laws of tokens are made: at the sampling temperature, so many positions at once."""
+    config = parts.config
+    return {
+        "temperature": config.sampler.temperature,
+        "chunk": config.model.logits_chunk,
+        "entropy_gradient": config.objective.entropy_coef > 0,
+    }
+
+
+def teacher_of(parts: StepParts, variables: dict[str, Any]) -> tuple[StepParts, dict[str, Any]]:
+    """Parts and variables with which the teacher reads a pack as the policy does."""
+    assert parts.teacher is not None
+    return dataclasses.replace(parts, module=parts.teacher), variables[TEACHER]
+
+
+def distilled_laws(
+    parts: StepParts, variables: dict[str, Any], pack: Pack, hidden: Float[Array, "D Q W"]
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"], Float[Array, "R T"]]:
+    """What `completion_logps` gives, and the reverse KL of each token's law to the teacher's."""
+    taught, frozen = teacher_of(parts, variables)
+    laws = distilled_logps(
+        hidden,
+        unembedding(parts.module, variables),
+        jax.lax.stop_gradient(completion_hidden(taught, frozen, pack)),
+        unembedding(taught.module, frozen),
+        pack.targets,
+        **law_options(parts),
+    )
+    return by_row(pack, laws[0]), by_row(pack, laws[1]), by_row(pack, laws[2])
 
 
 def update(
@@ -341,6 +369,9 @@ def update(
     pieces, corrected = with_sampled_law(parts, state, pieces)
     if objective.baseline == "value":
         rollout, pieces, told = add_gae(parts, state, rollout, pieces)
+        corrected |= told
+    if parts.teacher is not None:
+        rollout, pieces, told = with_teacher(parts, state, rollout, pieces)
         corrected |= told
     if drawn is None:
         prompts = jnp.sum(rollout.weight > 0) // parts.config.sampler.group_size
@@ -450,13 +481,37 @@ def add_gae(
     return rollout.replace(advantages=advantages), pieces.replace(**made), means
 
 
+def with_teacher(
+    parts: StepParts, state: TrainState, rollout: Rollout, pieces: TrainingBatch
+) -> tuple[Rollout, TrainingBatch, Means]:
+    """Rollout and pieces whose advantages are those of rewards times 1 - distill.weight, and metrics.
+
+    With distill.loss 'sampled' distill.weight (log q - log p) of each token is added, p the law that sampled and q the
+    teacher's at the same temperature: the policy gradient of minus the reverse KL's k1 estimate.
+    """
+    weight = parts.config.distill.weight
+    if parts.config.distill.loss == "full":
+        scaled = (1 - weight) * pieces.advantages
+        assert rollout.advantages is not None
+        return rollout.replace(advantages=(1 - weight) * rollout.advantages), pieces.replace(advantages=scaled), {}
+    teacher = fixed_law(*teacher_of(parts, state.frozen), pieces)[0]
+    distance = masked_select(pieces.old_logps - teacher, pieces.mask)
+    mixed = (1 - weight) * pieces.advantages - weight * distance
+    told: Means = {"distill/kl": (jnp.sum(distance), jnp.sum(pieces.mask))}
+    return rollout.replace(advantages=join(mixed)), pieces.replace(advantages=mixed), told
+
+
 def micro_loss(
     trainable: Any, parts: StepParts, frozen: Any, pack: Pack, micro: TrainingBatch
 ) -> tuple[Float[Array, ""], tuple[Means, Array]]:
     """The objective's numerator over the rows of a pack, its metrics, and the largest gap to the sampler."""
     variables, objective = {**frozen, **trainable}, parts.config.objective
     hidden = completion_hidden(parts, variables, pack)
-    logps, entropy = completion_logps(parts, variables, pack, hidden)
+    distance = None
+    if parts.teacher is not None and parts.config.distill.loss == "full":
+        logps, entropy, distance = distilled_laws(parts, variables, pack, hidden)
+    else:
+        logps, entropy = completion_logps(parts, variables, pack, hidden)
     if parts.config.ppo.kl_in_reward:
         objective = dataclasses.replace(objective, beta=0.0)  # its KL is a metric alone
     terms = policy_loss_terms(
@@ -478,6 +533,9 @@ def micro_loss(
         "entropy": (jnp.sum(masked_select(entropy, micro.mask)), count),
         "sampler_gap/mean": (jnp.sum(gap), count),
     }
+    if distance is not None:
+        numerator += parts.config.distill.weight * weighted_sum(distance, micro.mask, objective, micro.weight)
+        means["distill/kl"] = (jnp.sum(masked_select(jax.lax.stop_gradient(distance), micro.mask)), count)
     if micro.returns is not None:
         value_numerator, value_means = value_terms(parts, variables, pack, micro, hidden)
         numerator, means = numerator + parts.config.ppo.vf_coef * value_numerator, means | value_means
@@ -566,19 +624,23 @@ def refresh_interval(config: Config) -> int:
 
 
 def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
-    """Rewards, groups and lengths; a completion is right when its first reward component is at least 1."""
+    """Rewards, groups and lengths; a completion is right when its first reward component is at least 1.
+
+    Where prompts differ in rewards, those that the first component is not asked about are neither right nor wrong.
+    """
     scores, weight = rollout.scores, rollout.weight
     assert scores is not None and rollout.advantages is not None
     rows, group = jnp.sum(weight), parts.config.sampler.group_size
-    right = weight * (scores.values[:, 0] >= 1.0) * scores.valid[:, 0]
-    wrong = weight - right
+    graded = weight if scores.rewards is None else weight * scores.rewards.applies[:, 0]
+    right = graded * (scores.values[:, 0] >= 1.0) * scores.valid[:, 0]
+    wrong = graded - right
     by_group = right.reshape(-1, group).sum(axis=1)
-    real = weight.reshape(-1, group).sum(axis=1)
+    real = graded.reshape(-1, group).sum(axis=1)
     lengths = rollout.lengths.astype(jnp.float32)
     tokens = jnp.sum(lengths * weight)
     means: Means = {
         "reward/total": (jnp.sum(parts.scorer.total(scores) * weight), rows),
-        "solve_rate": (jnp.sum(right), rows),
+        "solve_rate": (jnp.sum(right), jnp.sum(graded)),
         "groups/all_right": (jnp.sum((by_group == real) & (real > 0)) * 1.0, 1.0),
         "groups/all_wrong": (jnp.sum((by_group == 0) & (real > 0)) * 1.0, 1.0),
         "advantage/mean_abs": (jnp.sum(jnp.abs(rollout.advantages) * weight[:, None]), tokens),
@@ -592,6 +654,23 @@ def rollout_means(parts: StepParts, rollout: Rollout) -> Means:
     for c, name in enumerate(parts.scorer.names):
         counted = scores.valid[:, c] * weight
         means[f"reward/{name}"] = (jnp.sum(scores.values[:, c] * counted), jnp.sum(counted))
+    return means | set_means(parts, rollout, right, graded)
+
+
+def set_means(parts: StepParts, rollout: Rollout, right: Float[Array, "B"], graded: Float[Array, "B"]) -> Means:
+    """Reward, solve rate, length and share of the completions of each prompt set."""
+    scores, weight, means = rollout.scores, rollout.weight, {}
+    assert scores is not None
+    for number, each in enumerate(parts.config.data.sets):
+        assert scores.rewards is not None
+        member = (scores.rewards.member == number).astype(weight.dtype)
+        rows = jnp.sum(weight * member)
+        means |= {
+            f"set_reward/{each.name}": (jnp.sum(parts.scorer.total(scores) * weight * member), rows),
+            f"set_solve_rate/{each.name}": (jnp.sum(right * member), jnp.sum(graded * member)),
+            f"set_length/{each.name}": (jnp.sum(rollout.lengths * weight * member), rows),
+            f"set_share/{each.name}": (rows, jnp.sum(weight)),
+        }
     return means
 
 

@@ -136,6 +136,10 @@ def test_must_not_be_negative(name):
     assert f"{name}={value!r} must not be negative" in refusal(with_fields(**{name: value}))
 
 
+TALK = {"name": "talk", "path": "talk.jsonl"}
+SETS = {"data.sets": (TALK,), "model.path": "somewhere"}
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -208,6 +212,25 @@ def test_must_not_be_negative(name):
             {"objective.correction": "sequence_mask", "objective.loss_type": "vespo"},
             "objective.correction='sequence_mask' does not go with objective.loss_type='vespo'",
         ),
+        ({"rewards.late_names": ("answer",)}, "rewards.late_names=('answer',) must be of those after the first of"),
+        ({"rewards.late_from": 0.5}, "rewards.late_from=0.5 has no effect: nothing is in rewards.late_names"),
+        ({"distill.weight": 0.5}, "distill.weight=0.5 has no effect without distill.teacher: name a model there"),
+        ({"distill.loss": "sampled"}, "distill.loss='sampled' has no effect without distill.teacher"),
+        ({"distill.teacher": "x", "distill.weight": 1.1}, "distill.weight=1.1 must be above 0 and at most 1"),
+        (
+            {"distill.teacher": "x", "objective.baseline": "value"},
+            "distill.teacher='x' does not go with objective.baseline='value'",
+        ),
+        (
+            {"distill.teacher": "x", "data.pool_factor": 2},
+            "data.pool_factor=2 selects groups by their rewards, of which",
+        ),
+        ({"data.path": "x", **SETS}, "data.path='x' is not read: each of data.sets names its own"),
+        ({**SETS, "model.path": ""}, "model.path='' is empty, and data.sets are no sums to make a base from"),
+        ({"cold_start.enabled": True, **SETS}, "cold_start.enabled=True samples one dataset"),
+        ({**SETS, "data.sets": (TALK, TALK)}, "data.sets.name=('talk', 'talk') names two sets alike"),
+        ({**SETS, "data.sets": ({**TALK, "late": True},), "rewards.late_from": 0.5}, "data.sets.late=(True,) leaves"),
+        ({**SETS, "data.sets": ({**TALK, "rewards": ("format",)},)}, "data.sets.rewards=(('format',),) has 'answer'"),
         ({"base.right_share": 1.1}, "base.right_share=1.1 must lie between 0 and 1"),
         ({"optim.b1": 1.0}, "optim.b1=1.0 must be at least 0 and below 1"),
         ({"optim.b2": -0.1}, "optim.b2=-0.1 must be at least 0 and below 1"),
@@ -248,7 +271,7 @@ def test_a_group_of_one_needs_a_baseline_beyond_the_group():
 def test_every_check_of_validate_has_a_case():
     """A check added to `validate` must be added above: its fields are the strings in its source."""
     source = pathlib.Path(configs.__file__).read_text()
-    checks = ("validate", "_validate_objective", "_validate_loss")
+    checks = ("validate", "_validate_objective", "_validate_loss", "_validate_sets", "_validate_distill")
     functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name in checks]
     assert len(functions) == len(checks)
     nodes = [node for function in functions for node in ast.walk(function)]
@@ -256,6 +279,7 @@ def test_every_check_of_validate_has_a_case():
     named = {word for text in texts for word in text.split() if word in field_names()}
     marks = test_checks_between_fields.pytestmark[0].args[1]
     covered = {*POSITIVE, *NOT_NEGATIVE, *(name for fields, _ in marks for name in fields)}
+    covered |= {name for name in field_names() if configs.list_around(name) in covered}
     assert named - covered == set()
 
 
@@ -339,6 +363,8 @@ def test_overrides(arguments, name, value):
         (["--config.learning_rate=1"], "--config: unknown field learning_rate; did you mean optim.lr?"),
         (["--config.num_generations=8"], "--config: unknown field num_generations; did you mean sampler.group_size?"),
         (["--config.optim=1"], "--config: optim is a section: set a field of it: optim.name, optim.lr"),
+        (["--config.data.sets.weight=1"], "--config.data.sets.weight: data.sets is a list of sections: set it in a"),
+        (["--config.data.sets=()"], "--config.data.sets: data.sets is a list of sections: set it in a config file"),
         (["--config.optim.lr"], "--config.optim.lr: has no value; write --config.optim.lr=VALUE"),
         (["--config.optim.lr=fast"], "optim.lr=fast"),
         (["--config.train.steps=1.5"], "train.steps"),

@@ -41,6 +41,7 @@ from grpo_jax.config import (
     value_of,
 )
 from grpo_jax.data.arithmetic import worked_sums
+from grpo_jax.data.mixture import build_mixture, load_all_rows
 from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter
@@ -48,6 +49,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.heads import save_head
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
+from grpo_jax.models.value import TEACHER
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.objectives import denominators, policy_loss
@@ -78,6 +80,7 @@ from grpo_jax.step import (
     sample_rollout,
     sampling_variables,
     update,
+    with_teacher,
 )
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer, train_sentencepiece
@@ -616,6 +619,117 @@ def test_answer_marker(tmp_path):
     assert plain[0]["answer"] == "so #### 1,234"
     marked = read_rows(data_config(source="jsonl", path=str(path), answer_marker="####"), "train", None)
     assert marked[0]["answer"] == "1234"
+
+
+def set_config(*sets: dict, **fields) -> Config:
+    given = {"data.sets": sets, "model.path": "somewhere", "rewards.names": ("odd", "long"), **fields}
+    return tiny.config(**given)
+
+
+def set_rows(split: str, *sets: dict) -> list[dict]:
+    return load_all_rows(set_config(*sets).data, split, 0)
+
+
+@flips("data.sets.name")
+def test_set_name(rows_file):
+    assert {row["set"] for row in set_rows("train", {"name": "mine", "path": rows_file})} == {"mine"}
+
+
+@flips("data.sets.source", "data.sets.path", "data.sets.split", "data.sets.eval_split", "data.sets.eval_path")
+def test_set_source(splits, rows_file, name):
+    """Each field of a set reads what the field of `data` would."""
+    leaf = name.removeprefix("data.sets.")
+    plain = {"source": "hf", "path": splits} if leaf in ("split", "eval_split") else {"path": rows_file}
+    flipped = {
+        "source": {"source": "arithmetic", "path": ""},
+        "path": {"path": f"{splits}/test.jsonl", "eval_path": rows_file},
+        "split": {"split": "hard"},
+        "eval_split": {"eval_split": "hard"},
+        "eval_path": {"eval_path": f"{splits}/hard.jsonl"},
+    }[leaf]
+    split = "eval" if leaf.startswith("eval") else "train"
+    found = [[row["prompt"] for row in set_rows(split, {"name": "a", **plain, **more})] for more in ({}, flipped)]
+    alone = {f: v for f, v in ({**plain, "source": plain.get("source", "jsonl")} | flipped).items()}
+    assert found[1] == [row["prompt"] for row in read_rows(data_config(**alone), split, None)] != found[0]
+
+
+@flips("data.sets.prompt_column", "data.sets.answer_column", "data.sets.answer_marker")
+def test_set_columns(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "so # 1", "other": "# 5"}\n' * 2)
+    leaf = name.removeprefix("data.sets.")
+    kind, value, want = {
+        "prompt_column": ("prompt", "other", "# 5"),
+        "answer_column": ("answer", "", ""),
+        "answer_marker": ("answer", "#", "1"),
+    }[leaf]
+    given = {"name": "a", "path": str(path)}
+    assert set_rows("train", given)[0][kind] in ("q", "so # 1")
+    assert set_rows("train", {**given, leaf: value})[0][kind] == want
+
+
+@flips("data.sets.weight", "data.sets.rewards", "data.sets.reward_weights", "data.sets.late")
+def test_set_share_and_rewards(name):
+    """What the second of two sets is drawn and earns, by step 0 and the last."""
+    rows = [{"prompt": "1", "set": each} for each in "ab"]
+    leaf = name.removeprefix("data.sets.")
+    flipped = {"weight": 3.0, "rewards": ("long",), "reward_weights": (2.0, 3.0), "late": True}[leaf]
+    made = []
+    for more in ({}, {leaf: flipped}):
+        sets = ({"name": "a", "path": "x"}, {"name": "b", "path": "x", **more})
+        late = {"rewards.late_from": 0.5} if more.get("late") else {}
+        mix = build_mixture(set_config(*sets, **late, **{"data.prompts_per_step": 4}), rows)
+        drawn = mix.dealt(np.arange(40), 0)[0].reshape(10, 4).sum(1)
+        made.append((drawn[0], drawn[9], mix.rewards(np.array([1])).weights[0].tolist()))
+    want = {
+        "weight": (3, 3, [1.0, 0.5]),
+        "rewards": (2, 2, [0.0, 0.5]),
+        "reward_weights": (2, 2, [2.0, 3.0]),
+        "late": (0, 2, [1.0, 0.5]),
+    }
+    assert made == [(2, 2, [1.0, 0.5]), want[leaf]]
+
+
+@flips("rewards.late_names", "rewards.late_from")
+def test_late(name):
+    """The step at which a component begins; with no name, none waits."""
+    given = {"rewards.late_names": ("long",), "rewards.late_from": 0.5}
+    begins = {}
+    for more in ({}, {"rewards.late_from": 3.0}, {"rewards.late_names": ("odd",), "rewards.names": ("long", "odd")}):
+        mix = build_mixture(set_config(**given | more, **{"model.path": ""}), [{"prompt": "1"}])
+        draws = np.arange(20)
+        begins[tuple(more)] = (mix.rewards(0 * draws, draws).applies == 0).sum(0).tolist()
+    assert list(begins.values()) == [[0, 10], [0, 6], [0, 10]]
+    assert build_mixture(tiny.config(), [{"prompt": "1"}]) is None
+
+
+@flips("distill.teacher")
+def test_teacher(model):
+    for path, there in (("", False), (model.source, True)):
+        parts, _, _ = prepared(model, **{"distill.teacher": path})
+        assert (parts.teacher is not None) == there
+        state = initial_state(parts, model)
+        assert (TEACHER in state.frozen) == there
+    jax.tree.map(np.testing.assert_array_equal, state.frozen[TEACHER]["params"], model.params)
+
+
+@flips("distill.loss", "distill.weight")
+def test_distillation(name):
+    """What advantages become: scaled with the exact divergence, mixed with the log ratio where it is sampled."""
+    table = np.random.default_rng(9).normal(0, 1, (5, 3)).astype(np.float32)
+    rollout = hand_made_rollout(tiny.config())
+    before = np.concatenate([rollout.prompt_tokens[:, 1:], rollout.tokens[:, :-1]], axis=1)
+    taught = np.take_along_axis(log_softmax(table[before] @ table.T), rollout.tokens[..., None], -1)[..., 0]
+    for loss in ("full", "sampled"):
+        for weight in (0.25, 1.0):
+            given = {"distill.teacher": "somewhere", "distill.loss": loss, "distill.weight": weight}
+            parts = dataclasses.replace(bigram_parts(**given), teacher=Bigram())
+            state = bigram_state(parts).replace(frozen={TEACHER: {"params": {"embed": {"embedding": table}}}})
+            pieces = split(training_batch(rollout, False), 1, pack_shape(parts.config, 1))
+            told, pieces, _ = with_teacher(parts, state, rollout, pieces)
+            want = (1 - weight) * rollout.advantages + (loss == "sampled") * weight * (taught - rollout.logps)
+            np.testing.assert_allclose(told.advantages, want, atol=1e-5)
+            np.testing.assert_allclose(join(pieces.advantages), want, atol=1e-5)
 
 
 @flips("data.max_prompt_length")

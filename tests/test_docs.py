@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from grpo_jax.cli import load_config, parser
-from grpo_jax.config import config_file, field_names, from_dict
+from grpo_jax.config import config_file, default_config, field_names, from_dict
 from grpo_jax.ops.objectives import OBJECTIVES
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -19,8 +19,10 @@ PAGES = (
     "README.md",
     "CHANGELOG.md",
     "docs/adapters.md",
+    "docs/all_scenarios.md",
     "docs/architecture.md",
     "docs/code_rewards.md",
+    "docs/distillation.md",
     "docs/extending.md",
     "docs/index.md",
     "docs/models.md",
@@ -92,6 +94,13 @@ def test_fields_set_in_a_code_block_exist(repo_root):
                 assert field in known, f"{name}: config.{field}"
             for section in re.findall(r"config\.([a-z_0-9.]+)\.update\(", body):
                 assert section in sections, f"{name}: config.{section}"
+
+
+def test_the_config_of_the_page_on_all_scenarios_is_one(repo_root):
+    made = {"c": default_config()}
+    exec(blocks(page(repo_root, "docs/all_scenarios.md"), "python")[0], made)
+    found = from_dict(made["c"])
+    assert [each.name for each in found.data.sets] == ["reasoning", "general"] and found.late_step == 1300
 
 
 def table_rows(text: str, heading: str) -> list[list[str]]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from grpo_jax.data.mixture import Mixture
+from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.sampler.types import Prompts
 
@@ -22,16 +24,24 @@ class PromptSet:
       rows: the rows as loaded; host rewards look text and columns up here.
       tokens: the prompt of each row, template included, unpadded.
       columns: what in-graph rewards need, each array with one entry a row.
+      mixture: what set each row is of, where there are several or rewards change in the run.
     """
 
     rows: tuple[dict, ...]
     tokens: tuple[np.ndarray, ...]
     columns: dict[str, np.ndarray]
+    mixture: Mixture | None = None
 
     @property
     def size(self) -> int:
         """Number of rows."""
         return len(self.rows)
+
+    def order(self, draws: Int[np.ndarray, "n"], seed: int, shuffle: bool) -> Int[np.ndarray, "n"]:
+        """Row of each draw number."""
+        if self.mixture is None:
+            return row_order(draws, self.size, seed, shuffle)
+        return self.mixture.order(draws, seed, shuffle)
 
 
 def build_prompt_set(
@@ -39,6 +49,7 @@ def build_prompt_set(
     encode: Callable[[Any], list[int]],
     max_prompt_length: int,
     columns: Callable[[Sequence[dict]], dict[str, np.ndarray]],
+    mixture: Mixture | None = None,
 ) -> PromptSet:
     """Encodes every row's 'prompt'; raises InputError for an empty dataset and for prompts beyond their budget."""
     if not rows:
@@ -59,24 +70,7 @@ def build_prompt_set(
     for name, column in made.items():
         if column.shape[:1] != (len(rows),):
             raise ValueError(f"column {name!r} has shape {column.shape}, its first axis must be the {len(rows)} rows")
-    return PromptSet(tuple(rows), tokens, made)
-
-
-def row_order(draws: Int[np.ndarray, "n"], size: int, seed: int, shuffle: bool) -> Int[np.ndarray, "n"]:
-    """Row of each draw number: draw d is place d % size of epoch d // size, each epoch in its own seeded order.
-
-    The order sorts raw Philox words, which numpy promises to keep between its versions (shuffles it does not).
-    """
-    draws = np.asarray(draws, np.int64)
-    epochs, places = np.divmod(draws, size)
-    if not shuffle:
-        return places
-    chosen = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(size)
-        here = epochs == epoch
-        chosen[here] = np.argsort(words, kind="stable")[places[here]]
-    return chosen
+    return PromptSet(tuple(rows), tokens, made, mixture)
 
 
 def make_batch(
@@ -93,8 +87,10 @@ def make_batch(
     Of these `count` rows `only` names those that are made (None: all), by their places.
     """
     draws = first_draw + (np.arange(count, dtype=np.int64) if only is None else np.asarray(only, np.int64))
-    chosen = row_order(draws, prompt_set.size, seed, shuffle)
-    return _prompts(prompt_set, draws, chosen, np.ones(len(draws), np.float32), max_prompt_length)
+    chosen = prompt_set.order(draws, seed, shuffle)
+    made = _prompts(prompt_set, draws, chosen, np.ones(len(draws), np.float32), max_prompt_length)
+    mixture = prompt_set.mixture
+    return made if mixture is None else made.replace(rewards=mixture.rewards(chosen, draws))
 
 
 def make_eval_batches(
@@ -135,5 +131,6 @@ def _prompts(
         "row": chosen.astype(np.int32),
         "weight": weight,
         "columns": {name: column[chosen] for name, column in prompt_set.columns.items()},
+        "rewards": None if prompt_set.mixture is None else prompt_set.mixture.rewards(chosen),
     }
     return Prompts(**fields)

@@ -63,12 +63,11 @@ def _part(rows: list[dict], split: str, path: str) -> list[dict]:
 
 def _row(config: DataConfig, columns: dict, where: str) -> dict:
     prompt = _column(columns, "data.prompt_column", config.prompt_column, where)
-    answer = _column(columns, "data.answer_column", config.answer_column, where)
-    return {
-        **columns,
-        "prompt": _check_prompt(prompt, config.prompt_column, where),
-        "answer": _answer(answer, config, where),
-    }
+    made = {**columns, "prompt": _check_prompt(prompt, config.prompt_column, where), "answer": ""}
+    if config.answer_column:
+        answer = _column(columns, "data.answer_column", config.answer_column, where)
+        made["answer"] = _answer(answer, config, where)
+    return made
 
 
 def _column(columns: dict, field: str, name: str, where: str) -> Any:

@@ -31,20 +31,20 @@ class LoadedModel:
     adapters: dict[str, Any] | None = None
 
 
-def load_model(path: str, keep_adapters: bool = False) -> LoadedModel:
+def load_model(path: str, keep_adapters: bool = False, field: str = "model.path") -> LoadedModel:
     """A model from whatever `model.path` takes, adapters merged; raises InputError naming what is wrong with it.
 
     That is a Hugging Face folder, a PEFT folder (its base is loaded too), a .gguf file, a run or a checkpoint of
     one, a Hub id such as Qwen/Qwen2.5-0.5B-Instruct (@revision may follow), or 'smollm2-135m'. With `keep_adapters`
-    they stay beside the base, for a run that trains them on.
+    they stay beside the base, for a run that trains them on. Errors name `field`.
     """
-    found = _load(path)
+    found = _load(path, field)
     if keep_adapters or found.adapters is None:
         return found
     return dataclasses.replace(found, params=merge(found.params, found.adapters), adapters=None)
 
 
-def _load(path: str) -> LoadedModel:
+def _load(path: str, field: str = "model.path") -> LoadedModel:
     source = path
     if path == hub.SMOLLM2:
         source = hub.smollm2()
@@ -58,10 +58,10 @@ def _load(path: str) -> LoadedModel:
         params, adapters = runs.trained_params(checkpoint, base.params)
         tokenizer = base.tokenizer.with_end_tokens(tuple(checkpoint.config["text"]["end_tokens"]))
         return LoadedModel(base.architecture, params, tokenizer, source, adapters)
-    return _from_files(path, source)
+    return _from_files(path, source, field)
 
 
-def _from_files(path: str, source: str) -> LoadedModel:
+def _from_files(path: str, source: str, field: str) -> LoadedModel:
     """A Hugging Face folder or a .gguf file."""
     if os.path.isdir(source):
         tokenizer = Tokenizer.from_folder(source)
@@ -73,8 +73,7 @@ def _from_files(path: str, source: str) -> LoadedModel:
     else:
         problem = "is neither a folder nor a .gguf file" if os.path.exists(source) else "does not exist"
         raise InputError(
-            f"model.path={path!r} {problem}: give a Hugging Face folder, a .gguf file, a run, a Hub id or "
-            f"{hub.SMOLLM2!r}"
+            f"{field}={path!r} {problem}: give a Hugging Face folder, a .gguf file, a run, a Hub id or {hub.SMOLLM2!r}"
         )
     if tokenizer.vocabulary > architecture.vocabulary:
         raise InputError(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from grpo_jax.models.heads import init_head, read_head
 
 COLLECTIONS = ("value_head", "critic")
+TEACHER = "teacher"  # of the step's frozen variables, a decoder of its own: {"params": ...}
 
 
 def init_value(critic: str, width: int, params: Any, dtype: Any) -> dict[str, Any]:

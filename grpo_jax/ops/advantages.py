@@ -17,7 +17,7 @@ def advantages(
     config: ObjectiveConfig,
     weight: Float[Array, "B"] | None = None,
     *,
-    component_weights: Float[Array, "C"] | tuple[float, ...] | None = None,
+    component_weights: Float[Array, "C"] | Float[Array, "B C"] | tuple[float, ...] | None = None,
     valid: Float[Array, "B C"] | None = None,
     step_ends: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B"] | Float[Array, "B T"]:
@@ -25,10 +25,10 @@ def advantages(
 
     One reward: A = (r - b) / (s + advantage_epsilon), b by `baseline`, s by `scale_rewards` (standard deviation with
     `advantage_ddof`); with `normalize_advantages` then (A - mean) / (std + advantage_epsilon) over the batch.
-    Several: their sum by `component_weights` (1 each), or with `normalize_then_sum` (GDPO, arXiv 2601.05242) A of each
-    by itself, the weighted sum of those, normalised over the batch. `valid` 0 is where a component does not apply; a
-    row where none does counts as filler. Steps: DeepSeekMath, arXiv 2402.03300, 4.1.3: A of every step reward among
-    those of its group, and at each token the sum over the steps that end there or later.
+    Several: their sum by `component_weights` (1 each; or each row's own), or with `normalize_then_sum` (GDPO, arXiv
+    2601.05242) A of each by itself, the weighted sum of those, normalised over the batch. `valid` 0 is where a
+    component does not apply; a row where none does counts as filler. Steps: DeepSeekMath, arXiv 2402.03300, 4.1.3: A of
+    every step reward among those of its group, and at each token the sum over the steps that end there or later.
 
     Rows of a group are adjacent. Rewards that tie with all that they are compared with give exactly 0. Rows of weight 0
     get 0 and influence nothing.
@@ -75,7 +75,7 @@ def _component_advantages(
     group_size: int,
     config: ObjectiveConfig,
     weight: Float[Array, "B"],
-    component_weights: Float[Array, "C"] | tuple[float, ...] | None,
+    component_weights: Float[Array, "C"] | Float[Array, "B C"] | tuple[float, ...] | None,
     valid: Float[Array, "B C"] | None,
 ) -> Float[Array, "B"]:
     """Sum then normalise, or GDPO."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -32,14 +33,62 @@ def token_logps(
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
         return gather_logps(logits, tokens), entropy(logits if entropy_gradient else jax.lax.stop_gradient(logits))
 
-    if chunk == 0 or targets.size <= chunk:
-        return score(hidden, targets)
-    batch, length = targets.shape
+    return in_blocks(score, (hidden, targets), chunk)
+
+
+def distilled_logps(
+    hidden: Float[Array, "B T D"],
+    unembed: Callable[[Float[Array, "... D"]], Float[Array, "... V"]],
+    teacher_hidden: Float[Array, "B T E"],
+    teacher_unembed: Callable[[Float[Array, "... E"]], Float[Array, "... W"]],
+    targets: Int[Array, "B T"],
+    temperature: float | Float[Array, ""] = 1.0,
+    chunk: int = 0,
+    entropy_gradient: bool = False,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """What `token_logps` gives, and `reverse_kl` to the teacher's law at the same temperature, from the same logits.
+
+    Of the vocabularies' rows the first min(V, W) are compared: families pad their embeddings to other sizes.
+    """
+
+    def score(h: Array, taught: Array, tokens: Array) -> tuple[Array, Array, Array]:
+        logits, teacher = (
+            x.astype(jnp.promote_types(x.dtype, jnp.float32)) / temperature
+            for x in (unembed(h), teacher_unembed(taught))
+        )
+        spread = entropy(logits if entropy_gradient else jax.lax.stop_gradient(logits))
+        common = min(logits.shape[-1], teacher.shape[-1])
+        return gather_logps(logits, tokens), spread, reverse_kl(logits[..., :common], teacher[..., :common])
+
+    return in_blocks(score, (hidden, teacher_hidden, targets), chunk)
+
+
+def reverse_kl(logits: Float[Array, "*shape V"], teacher: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of p = softmax(logits), q = softmax(teacher); GKD, arXiv 2306.13649.
+
+    Its gradient by logit v is p_v (log p_v - log q_v - KL), written down as such: the derivative of the softmax would
+    leave roundings where the laws are equal, which Adam turns into whole steps. The teacher has none.
+    """
+    logps, taught = jax.lax.stop_gradient((jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher)))
+    probabilities, difference = jnp.exp(logps), logps - taught
+    value = jnp.sum(probabilities * difference, axis=-1)
+    slope = jnp.sum(probabilities * (difference - value[..., None]) * logits, axis=-1)
+    return value + slope - jax.lax.stop_gradient(slope)
+
+
+def in_blocks(score: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) -> Any:
+    """score(*arrays), a tree of [B, T], of arrays [B, T, ...]: at most `chunk` positions at once, 0: all.
+
+    The backward computes each block anew.
+    """
+    batch, length = arrays[0].shape[:2]
+    if chunk == 0 or batch * length <= chunk:
+        return score(*arrays)
     rows, steps = _block_shape(batch, length, chunk)
     # A scan's body is compiled apart from what surrounds it, so nothing can undo the recomputation there.
-    score_block = jax.checkpoint(lambda block: score(block[0], block[1]), prevent_cse=False)
-    logps, entropies = jax.lax.map(score_block, (_split(hidden, rows, steps), _split(targets, rows, steps)))
-    return _join(logps, targets.shape), _join(entropies, targets.shape)
+    score_block = jax.checkpoint(lambda block: score(*block), prevent_cse=False)
+    blocks = jax.lax.map(score_block, tuple(_split(x, rows, steps) for x in arrays))
+    return jax.tree.map(lambda x: _join(x, (batch, length)), blocks)
 
 
 def gather_logps(logits: Float[Array, "*shape V"], tokens: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -31,8 +31,8 @@ from grpo_jax.config import (
     from_dict,
 )
 from grpo_jax.data.benchmarks import BENCHMARKS, FIELD, benchmark_named, read_benchmark, with_instruction
+from grpo_jax.data.mixture import load_all_rows
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_row_batches
-from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, read_jsonl, write_atomic, write_json_atomic
 from grpo_jax.models.decoder import Decoder
@@ -196,7 +196,8 @@ def read_sets(settings: Settings, run_config: Config | None = None) -> list[Prob
 def _own_rows(name: str, settings: Settings, config: Config | None) -> list[dict[str, Any]]:
     if config is None or config.data.source == "memory":
         raise InputError(f"{FIELD} {name}: needs a run whose rows lie on disk as --model: name another set")
-    rows = load_rows(config.data, OWN_ROWS[name], config.seed)[: settings.problems or None]
+    rows = load_all_rows(config.data, OWN_ROWS[name], config.seed)
+    rows = [row for row in rows if row.get("tests") or row["answer"] or row.get("judge")][: settings.problems or None]
     problems = []
     for number, row in enumerate(rows):
         kind, column = ("code", "tests") if row.get("tests") else ("math", "answer")

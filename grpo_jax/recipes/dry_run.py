@@ -4,6 +4,7 @@ import jax
 
 from grpo_jax.batches import pack_shape
 from grpo_jax.config import Config
+from grpo_jax.data.mixture import SET, components_of
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import parameter_table
@@ -32,6 +33,12 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
         "optimizer updates"
     )
     terminal.say(f"{len(rows['train'])} training rows, {len(rows['eval'])} held out")
+    for each in config.data.sets:
+        own = sum(row[SET] == each.name for row in rows["train"])
+        begins = f", from step {config.late_step + 1} on" if each.late else ""
+        earned = components_of(each, config.rewards.names, config.rewards.weights)
+        said = ", ".join(f"{name} x {weight:g}" for name, weight in earned.items())
+        terminal.say(f"set {each.name}: {own} training rows, weight {each.weight:g}{begins}; {said}")
     terminal.say(
         f"prompts of up to {config.data.max_prompt_length} tokens, completions of up to {config.sampler.max_new_tokens}"
     )

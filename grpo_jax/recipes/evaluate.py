@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from grpo_jax import processes
+from grpo_jax.data.mixture import SET
 from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import put_rows, row_sharding
@@ -157,6 +158,7 @@ class Evaluator:
                     "right": scores.values[i, 0] >= 1.0,
                     "length": int(rollout.lengths[i]),
                     "ended": bool(rollout.ended[i]),
+                    **({SET: row[SET]} if self.prompts.mixture is not None and SET in row else {}),
                     **({"extra": extra} if extra else {}),
                 }
             )
@@ -168,11 +170,41 @@ class Evaluator:
         """pass@1 and what stands beside it at eval.temperature, and the records they come from."""
         config = self.parts.config.eval
         records = self.sample(variables, problems, samples, config.temperature, config.top_p, step, between)
-        return summarise(records, config.reflective_words), records
+        return summarise(self.graded(records), config.reflective_words) | self.by_set(records), records
 
     def greedy(self, variables: Any, problems: int, step: int, between: Callable[[], None] = lambda: None) -> float:
         """Share of problems that greedy decoding gets right."""
-        return float(np.mean([r["right"] for r in self.sample(variables, problems, 1, 0.0, 1.0, step, between)]))
+        records = self.graded(self.sample(variables, problems, 1, 0.0, 1.0, step, between))
+        return float(np.mean([r["right"] for r in records]))
+
+    def graded(self, records: list[dict]) -> list[dict]:
+        """The records of problems whose completions the first component says right or wrong."""
+        mixture = self.prompts.mixture
+        return records if mixture is None else [r for r in records if mixture.graded()[r["problem"]]]
+
+    def by_set(self, records: list[dict]) -> dict[str, Any]:
+        """Under 'sets' the mean weighted total and components of each prompt set; nothing where there is one."""
+        sets, mixture = self.parts.config.data.sets, self.prompts.mixture
+        if not sets or mixture is None:
+            return {}
+        made, names = {}, self.scorer.names
+        for number, each in enumerate(sets):
+            of_set = [r for r in records if mixture.member[r["problem"]] == number]
+            if not of_set:
+                continue
+            own = [r["rewards"] for r in of_set]
+            told = {name: [r[name] for r in own if r[name] is not None] for name in names}
+            means = {name: float(np.mean(values)) for name, values in told.items() if values}
+            weights = dict(zip(names, mixture.weights[number], strict=True))
+            total = sum(weights[name] * (r[name] or 0.0) for r in own for name in names) / len(own)
+            made[each.name] = {
+                "total": float(total),
+                "rewards": means,
+                "language": float(np.mean([r["language"] for r in of_set])),
+                "mean_length": float(np.mean([r["length"] for r in of_set])),
+                "completions": len(own),
+            }
+        return {"sets": made}
 
 
 def summarise(records: Sequence[dict], reflective: Sequence[str] = ()) -> dict[str, Any]:

@@ -22,14 +22,16 @@ from jax.sharding import Mesh
 from grpo_jax import processes
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import Config, config_file, from_dict, read_config_file
-from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch, row_order
-from grpo_jax.data.sources import load_rows
+from grpo_jax.data.mixture import SET, build_mixture, load_all_rows
+from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
+from grpo_jax.models.teacher import load_teacher, open_teacher
+from grpo_jax.models.value import TEACHER
 from grpo_jax.models.weights import StoredLeaf
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import check_batch, make_mesh, place, put_rows, row_sharding, scored_rows, set_up_process, whole
@@ -40,7 +42,7 @@ from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_st
 from grpo_jax.recipes.supervised import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
 from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
-from grpo_jax.rewards.reward_model import load_reward_variables, open_reward_models
+from grpo_jax.rewards.reward_model import COLLECTION, load_reward_variables, open_reward_models
 from grpo_jax.rewards.scorer import RewardPools, build_scorer
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state
@@ -118,7 +120,8 @@ def run(
         try:
             state = session.train(model)
             if config.lora.rank:
-                fetched = whole({**state.frozen, **state.trainable})
+                held = {**state.frozen, **state.trainable}
+                fetched = whole({name: held[name] for name in held if name not in (COLLECTION, TEACHER)})
                 terminal.say(f"adapters for PEFT: {save_adapters(workdir / 'adapter', config, model, fetched)}")
             return session.finish(state, began)
         finally:
@@ -146,7 +149,7 @@ def read_rows(config: Config, split: str, dataset: Sequence[dict] | None) -> lis
     if dataset is None:
         if config.data.source == "memory":
             raise InputError("config: data.source='memory' is for grpo_jax.train(dataset=...): name a source to read")
-        return load_rows(config.data, split, config.seed)
+        return load_all_rows(config.data, split, config.seed)
     columns = (config.data.prompt_column, config.data.answer_column)
     rows = []
     for number, row in enumerate(dataset):
@@ -167,8 +170,11 @@ def check_inputs(
     Raises InputError for rewards, answers, weights, tokenizer, end tokens and prompts that would fail later.
     """
     for split in ("train", "eval"):
-        build_scorer(config.rewards, [b""], rows[split], lambda ids: "", mesh, dict(rewards) if rewards else None)
+        build_mixture(config, rows[split], split == "train")
+        own, sets = dict(rewards) if rewards else None, config.data.sets
+        build_scorer(config.rewards, [b""], rows[split], lambda ids: "", mesh, own, sets=sets)
     open_reward_models(config.rewards, config.model, None)
+    open_teacher(config.distill, config.model, None)
     if not config.model.path:
         return None
     model = with_end_tokens(load_model(config.model.path, keep_adapters=config.lora.rank > 0), config)
@@ -220,8 +226,7 @@ def prepare(
     scorers, sets = {}, {}
     models = open_reward_models(config.rewards, config.model, tokenizer)
     pools = RewardPools.of(config.rewards)
-    draws = config.data.pool_factor * config.data.prompts_per_step
-    progress = {"train": Progress(draws, config.train.steps), "eval": None}
+    progress = {"train": Progress(config.draws_per_step, config.train.steps), "eval": None}
     for split in ("train", "eval"):
         scorer = build_scorer(
             config.rewards,
@@ -233,6 +238,7 @@ def prepare(
             pools,
             progress[split],
             models | judges(config, tokenizer, rows[split], mesh),
+            config.data.sets,
         )
         scorers[split] = scorer
         sets[split] = build_prompt_set(
@@ -240,6 +246,7 @@ def prepare(
             lambda prompt: encode_prompt(prompt, config.text, tokenizer),
             config.data.max_prompt_length,
             lambda given, scorer=scorer: scorer.columns(np.arange(len(given))),
+            build_mixture(config, rows[split], split == "train"),
         )
     updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
     module = Decoder(
@@ -257,6 +264,7 @@ def prepare(
         mesh,
         tokenizer.end_ids,
         stop_table(config.sampler.stop, token_bytes),
+        teacher=open_teacher(config.distill, config.model, tokenizer),
     )
     return parts, sets["train"], Evaluator(parts, sets["eval"], scorers["eval"], tokenizer)
 
@@ -277,6 +285,7 @@ def initial_state(parts: StepParts, model: LoadedModel) -> TrainState:
     trainable = place(trainable, parts.mesh, dtype)
     frozen = place(frozen, parts.mesh)
     frozen = {**frozen, **load_reward_variables(config.rewards, config.model, parts.mesh)}
+    frozen |= load_teacher(config.distill, config.model, parts.mesh)
     return init_state(parts, trainable, frozen, base_is_reference=config.lora.rank > 0 and model.adapters is None)
 
 
@@ -316,8 +325,7 @@ class Session:
 
     def batch(self, step: int) -> Any:
         """The prompts of a step: a function of the seed and the step alone."""
-        data = self.config.data
-        count = data.pool_factor * data.prompts_per_step
+        data, count = self.config.data, self.config.draws_per_step
         given = (self.prompts, step * count, count, self.config.seed, data.shuffle, data.max_prompt_length)
         return put_rows(lambda own: make_batch(*given, own), count, row_sharding(self.parts.mesh))
 
@@ -410,7 +418,8 @@ class Session:
             "language": "eval/language",
             "reflective_words": "eval/reflective_words",
         }
-        return {label: found[name] for name, label in names.items() if name in found}
+        told = {label: found[name] for name, label in names.items() if name in found}
+        return told | {f"eval_reward/{name}": scores["total"] for name, scores in found.get("sets", {}).items()}
 
     def finish(self, state: TrainState, began: float) -> dict[str, Any]:
         """After-training scores, summary.json, report.html and what the terminal shows of them."""
@@ -523,9 +532,7 @@ def sample_rows(session: Session, rollout: Any, count: int, told: Record | None 
     """
     scorer, rows = session.parts.scorer, []
     total = np.asarray(scorer.total(rollout.scores))
-    size = session.prompts.size
-    data = session.config.data
-    order = row_order(np.asarray(rollout.draw, np.int64), size, session.config.seed, data.shuffle)
+    order = session.prompts.order(np.asarray(rollout.draw, np.int64), session.config.seed, session.config.data.shuffle)
     filled = np.flatnonzero(rollout.weight)  # dynamic sampling may leave places empty
     for i in filled[:: max(len(filled) // count, 1)][:count].tolist() if count else ():
         row = session.prompts.rows[int(order[i])]
@@ -542,6 +549,7 @@ def sample_rows(session: Session, rollout: Any, count: int, told: Record | None 
                 "advantage": float(rollout.advantages[i, 0]),
                 "length": len(ids),
                 "ended": bool(rollout.ended[i]),
+                **({SET: row[SET]} if session.config.data.sets else {}),
                 **({"extra": extra} if extra else {}),
             }
         )

@@ -16,7 +16,7 @@ from grpo_jax.batches import PackShape, pack_shape
 from grpo_jax.chips import GIB, Topology
 from grpo_jax.config import Config
 from grpo_jax.errors import InputError
-from grpo_jax.models.abstract import abstract_params
+from grpo_jax.models.abstract import abstract_params, abstract_teacher
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import init_cache
 from grpo_jax.models.lora import abstract_variables
@@ -30,7 +30,7 @@ class Memory:
 
     Attributes:
       masters: trained parameters at rest.
-      frozen: a base that is not trained.
+      frozen: a base that is not trained, a teacher.
       optimizer: its state.
       reference: the reference's own parameters.
       sampling_weights: the policy as sampling reads it.
@@ -175,7 +175,7 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
     critic = masters if config.objective.baseline == "value" and config.ppo.critic == "model" else 0.0
     return Memory(
         masters=masters + critic,
-        frozen=held(frozen, sizes),
+        frozen=held({**frozen, **abstract_teacher(config)}, sizes),
         optimizer=held(optimizer, sizes) * (2 if critic else 1),
         reference=masters if kept else 0.0,
         sampling_weights=sampling_weights(config, sizes, params),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.config import Config, SftConfig, TextConfig
-from grpo_jax.data.prompts import row_order
+from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Mean, read_jsonl
 from grpo_jax.models.decoder import DecoderModule

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.errors import InputError
-from grpo_jax.models.abstract import abstract_params
+from grpo_jax.models.abstract import abstract_params, abstract_teacher, teacher_architecture
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import abstract_variables
@@ -20,7 +20,7 @@ from grpo_jax.rewards.reward_model import MODEL_REWARDS
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.rewards.verifiers import REWARDS
 from grpo_jax.sampler.stops import stop_table
-from grpo_jax.sampler.types import Prompts
+from grpo_jax.sampler.types import Prompts, RowRewards
 from grpo_jax.step import Program, StepParts, TrainState, init_state
 
 TOKEN_BYTES = 16  # a token's longest text, where no tokenizer is read
@@ -54,6 +54,7 @@ def abstract_step(config: Config, mesh: Mesh, architecture: Architecture) -> Abs
     trainable, frozen = abstract_variables(params, config.lora)
     dtype = jnp.dtype(config.model.param_dtype)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
+    frozen = {**frozen, **abstract_teacher(config)}
     state = jax.eval_shape(lambda t, f: init_state(parts, t, f, bool(config.lora.rank)), trainable, frozen)
     return AbstractStep(parts, placed(state, shardings(state, mesh)), _prompts(parts), params)
 
@@ -88,7 +89,9 @@ def step_parts(config: Config, mesh: Mesh, architecture: Architecture) -> StepPa
     )
     optimizer, schedule = make_optimizer(config.optim, updates), make_schedule(config.optim, updates)
     stops = stop_table(config.sampler.stop, token_bytes)
-    return StepParts(config, module, optimizer, schedule, scorer, mesh, (0,), stops)
+    taught = teacher_architecture(config)
+    teacher = None if taught is None else Decoder(taught, dtype=jnp.dtype(config.model.compute_dtype))
+    return StepParts(config, module, optimizer, schedule, scorer, mesh, (0,), stops, teacher=teacher)
 
 
 def _stand_in(prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -98,13 +101,15 @@ def _stand_in(prompts: list, completions: list, **columns: Any) -> list[float]:
 
 def _prompts(parts: StepParts) -> Prompts:
     """Shapes of a step's prompts."""
-    data, layout = parts.config.data, row_sharding(parts.mesh)
-    count = data.pool_factor * data.prompts_per_step
+    config, layout = parts.config, row_sharding(parts.mesh)
+    count, components = config.draws_per_step, len(config.rewards.names)
 
     def rows(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *rest), dtype, sharding=layout)
 
     columns = {name: rows(values.dtype, *values.shape[1:]) for name, values in parts.scorer.answers.items()}
     one = rows(np.int32)
-    made: Any = (rows(np.int32, data.max_prompt_length), one, one, one, rows(np.float32), columns)
+    by_set: Any = (one, rows(np.float32, components), rows(np.float32, components))
+    rewards = RowRewards(*by_set) if config.data.sets or config.rewards.late_names else None
+    made: Any = (rows(np.int32, config.data.max_prompt_length), one, one, one, rows(np.float32), columns, rewards)
     return Prompts(*made)

@@ -27,7 +27,7 @@ from grpo_jax.config import (
     SftConfig,
     TextConfig,
 )
-from grpo_jax.data.prompts import row_order
+from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide
 from grpo_jax.models.decoder import Decoder

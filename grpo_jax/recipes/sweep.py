@@ -97,7 +97,8 @@ def run(config: Config, workdir: pathlib.Path, sweep: Sweep, terminal: Terminal 
         check_batch(each, mesh)
     rows = {split: read_rows(config, split, None) for split in ("train", "eval")}
     for each in sweep.configs.values():
-        refuse_host_rewards(build_scorer(each.rewards, [b""], rows["train"], lambda ids: "", mesh))
+        sets = each.data.sets
+        refuse_host_rewards(build_scorer(each.rewards, [b""], rows["train"], lambda ids: "", mesh, sets=sets))
     model = with_end_tokens(load_model(config.model.path), config) if config.model.path else None
     open_workdir(workdir, config)
     with open_stop(config, workdir) as stop, terminal:
@@ -181,8 +182,7 @@ def stack_states(parts: StepParts, state: TrainState, count: int) -> TrainState:
 
 def seed_batches(parts: StepParts, prompts: PromptSet, seeds: Sequence[int], step: int) -> Prompts:
     """The prompts of a step of every seed, on the devices; those of a single run of each seed."""
-    data = parts.config.data
-    count = data.pool_factor * data.prompts_per_step
+    data, count = parts.config.data, parts.config.draws_per_step
 
     def make(own: np.ndarray) -> Prompts:
         rest = (data.shuffle, data.max_prompt_length, own)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Config, MeshConfig, RewardsConfig
-from grpo_jax.data.prompts import row_order
+from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import read_jsonl
 from grpo_jax.models.loading import load_model
@@ -273,7 +273,7 @@ def probe(
             state, sampler = initial_state(parts, model), config.sampler
             variables = {**state.frozen, **state.trainable}
             given = (count, sampler.group_size, sampler.temperature, sampler.top_p, 0)
-            records = evaluator.sample(variables, *given, top_k=sampler.top_k)
+            records = evaluator.graded(evaluator.sample(variables, *given, top_k=sampler.top_k))
         finally:
             parts.scorer.close()
     found = pass_rates(records, dict(_weights(config)))

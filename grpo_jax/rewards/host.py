@@ -136,8 +136,11 @@ class HostRewards:
         tokens: Int[np.ndarray, "B T"],
         lengths: Int[np.ndarray, "B"],
         draw: Int[np.ndarray, "B"] | None = None,
+        asked: Float[np.ndarray, "B C"] | None = None,
     ) -> Float[np.ndarray, "B C"]:
         """Scores by function: NOT_APPLICABLE where one returned None, all FAILED after an error; never raises.
+
+        Where `asked` is 0 a function is not called with that completion, and does not apply.
 
         After an error every call fails at once until `take_error`, so that one hanging reward costs one time limit.
         """
@@ -148,7 +151,7 @@ class HostRewards:
                 if self._error is None:
                     ids = [line[:n].tolist() for line, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
                     texts = [self.decode(line) for line in ids]
-                    values = self._score(np.asarray(row).tolist(), texts, ids, draw, record)
+                    values = self._score(np.asarray(row).tolist(), texts, ids, draw, record, asked)
             except InputError as error:
                 self._error = error
             except Exception as error:
@@ -157,7 +160,7 @@ class HostRewards:
             self._records.append((len(row), record))
             self.seconds += record.seconds
             self.calls += 1
-            self.scored += len(row)
+            self.scored += len(row) if asked is None else int(np.count_nonzero(np.any(asked, axis=1)))
             return values
 
     def score_texts(self, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[Float[np.ndarray, "B C"], Record]:
@@ -185,13 +188,30 @@ class HostRewards:
             return error
 
     def _score(
-        self, row: list[int], texts: list[str], ids: list[list[int]], draw: Any, record: Record
+        self,
+        row: list[int],
+        texts: list[str],
+        ids: list[list[int]],
+        draw: Any,
+        record: Record,
+        asked: Float[np.ndarray, "B C"] | None = None,
     ) -> Float[np.ndarray, "B C"]:
-        inputs = reward_inputs([self.rows[index] for index in row], texts, ids, self._state(draw))
-        replies = self._replies(inputs)
-        keys = [(r, tuple(line)) for r, line in zip(row, ids, strict=True)]
-        columns = [self._read(name, replies[name], inputs, texts, keys, record) for name in self.functions]
-        return np.stack(columns, axis=1)
+        state, keys = self._state(draw), [(r, tuple(line)) for r, line in zip(row, ids, strict=True)]
+        inputs: dict[tuple[int, ...], dict[str, Any]] = {}  # of the completions that are asked about, by their places
+        places: dict[str, tuple[int, ...]] = {}
+        for c, name in enumerate(self.functions):
+            at = tuple(range(len(row)) if asked is None else np.flatnonzero(asked[:, c]).tolist())
+            if at not in inputs:
+                rows = [self.rows[row[i]] for i in at]
+                inputs[at] = reward_inputs(rows, [texts[i] for i in at], [ids[i] for i in at], state)
+            places[name] = at
+        replies = self._replies({name: inputs[at] for name, at in places.items() if at})
+        values = np.full((len(row), len(self.functions)), NOT_APPLICABLE, np.float32)
+        for c, (name, at) in enumerate(places.items()):
+            if at:
+                about = ([texts[i] for i in at], [keys[i] for i in at], record)
+                values[list(at), c] = self._read(name, replies[name], inputs[at], *about)
+        return values
 
     def _state(self, draw: Any) -> TrainerState:
         if self.progress is None:
@@ -200,17 +220,18 @@ class HostRewards:
         step = self.step if draw is None or not len(draw) else int(np.max(draw)) // count
         return TrainerState(step, self.progress.max_steps, step * count / max(len(self.rows), 1))
 
-    def _replies(self, inputs: dict[str, Any]) -> dict[str, Reply]:
-        """The reply of each function to the whole batch; those in worker processes run side by side."""
-        pooled = {name: f for name, f in self.functions.items() if isinstance(f, Pooled)}
+    def _replies(self, inputs: Mapping[str, dict[str, Any]]) -> dict[str, Reply]:
+        """The reply of each function to its completions; those in worker processes run side by side."""
+        functions = {name: self.functions[name] for name in inputs}
+        pooled = {name: f for name, f in functions.items() if isinstance(f, Pooled)}
         replies: dict[str, Reply] = {}
         if pooled:
             assert self.pool is not None
-            tasks = [(f.target, {**inputs, **f.options}) for f in pooled.values()]
+            tasks = [(f.target, {**inputs[name], **f.options}) for name, f in pooled.items()]
             replies = dict(zip(pooled, self.pool.run(tasks, self.timeout), strict=True))
-        for name, function in self.functions.items():
+        for name, function in functions.items():
             if not isinstance(function, Pooled):
-                run = partial(invoke, function, inputs)
+                run = partial(invoke, function, inputs[name])
                 replies[name] = _within(self.timeout, run, name) or {"timeout": self.timeout}
         return replies
 
@@ -342,15 +363,18 @@ def score_in_program(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     draw: Int[Array, "B"] | None = None,
+    asked: Float[Array, "B C"] | None = None,
 ) -> HostScores:
     """(values, valid, failed) of host rewards inside a traced program, each completion scored once on any mesh.
 
+    Functions are called with the completions for which `asked` is 1 (None: with all).
     B must divide by the data x fsdp devices. Manual over all mesh axes: a bare callback on a sharded batch would gather
     everything to one device, and an ungated one would score again on each tensor replica.
     """
     rows_over = tuple(name for name in mesh.axis_names if name in ROW_AXES)
     copied_over = tuple(name for name in mesh.axis_names if name not in ROW_AXES)
     spec = PartitionSpec(rows_over)
+    start = 3 if asked is None else 3 + asked.shape[1]  # of the tokens in a line of the table
 
     @partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     def call(table):
@@ -358,7 +382,9 @@ def score_in_program(
 
         def receive(*pieces):
             whole = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(table.shape)
-            return host.call(whole[:, 0], whole[:, 3:], whole[:, 1], None if draw is None else whole[:, 2])
+            number = None if draw is None else whole[:, 2]
+            wanted = None if asked is None else whole[:, 3:start]
+            return host.call(whole[:, 0], whole[:, start:], whole[:, 1], number, wanted)
 
         owner = jnp.bool_(True)
         for name in copied_over:
@@ -373,7 +399,8 @@ def score_in_program(
         return jax.lax.psum(raw, copied_over) if copied_over else raw
 
     drawn = row if draw is None else draw
-    table = jnp.concatenate([row[:, None], lengths[:, None], drawn[:, None], tokens], axis=1).astype(jnp.int32)
+    about = [row[:, None], lengths[:, None], drawn[:, None]] + ([] if asked is None else [asked])
+    table = jnp.concatenate([x.astype(jnp.int32) for x in (*about, tokens)], axis=1)
     return decoded(call(table))
 
 

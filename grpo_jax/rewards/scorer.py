@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from grpo_jax import processes
-from grpo_jax.config import RewardsConfig
+from grpo_jax.config import PromptSetConfig, RewardsConfig
 from grpo_jax.errors import InputError
+from grpo_jax.ops.masked import masked_select
 from grpo_jax.parallel import put_rows, row_sharding, scored_rows, scoring_process
 from grpo_jax.rewards import host as host_rewards
 from grpo_jax.rewards import judge, languages, mathematics
@@ -39,7 +40,7 @@ from grpo_jax.rewards.verifiers import (
     prompt_opens,
     verifier,
 )
-from grpo_jax.sampler.types import Prompts, Rollout, Scores
+from grpo_jax.sampler.types import Prompts, Rollout, RowRewards, Scores
 
 InGraph = tuple[Float[Array, "B C"], Float[Array, "B C"]]
 
@@ -78,12 +79,13 @@ class Scorer:
     def score(self, prompts: Prompts, rollout: Rollout, variables: Mapping[str, Any] | None = None) -> Scores:
         """Scores of every component, traced inside the step's program; `variables` are those of `models` by name."""
         in_graph = self.score_in_graph(prompts, rollout, variables)
-        by_host = None
+        by_host, rewards = None, rewards_by_row(prompts, rollout)
         if self.host is not None:
             row = prompts.row[rollout.group]
-            given = (row, rollout.tokens, rollout.lengths, rollout.draw)
+            asked = None if rewards is None else rewards.applies[:, self._host_places]
+            given = (row, rollout.tokens, rollout.lengths, rollout.draw, asked)
             by_host = host_rewards.score_in_program(self.host, self.mesh, *given)
-        return self._merge(in_graph, by_host, rollout)
+        return self._merge(in_graph, by_host, rollout, rewards)
 
     def score_on_host(
         self,
@@ -98,19 +100,22 @@ class Scorer:
         """
         found = (in_graph or self.score_in_graph)(prompts, rollout)
         with jax.transfer_guard("allow"):  # what the host finds goes to the device here, inside a guarded loop
+            rewards = rewards_by_row(prompts, rollout)
             if self.host is None:
-                return self._merge(found, None, rollout)
+                return self._merge(found, None, rollout, rewards)
             wanted = (prompts.row, rollout.group, rollout.tokens, rollout.lengths, rollout.weight, rollout.draw)
-            row, group, tokens, lengths, weight, draw = fetch(wanted)
+            (row, group, tokens, lengths, weight, draw), fetched = fetch((wanted, rewards))
+            asked = None if fetched is None else fetched.applies[:, self._host_places]
             own = scored_rows(len(weight), self.mesh)
             real = own[weight[own] > 0]  # a judge is not asked about filler
             raw = np.full((len(weight), len(self.host.functions)), host_rewards.NOT_APPLICABLE)
-            raw[real] = self.host.call(row[group][real], tokens[real], lengths[real], draw[real])
+            given = (row[group][real], tokens[real], lengths[real], draw[real])
+            raw[real] = self.host.call(*given, None if asked is None else asked[real])
             if processes.several():
                 all_raw = multihost_utils.process_allgather(raw)  # [processes, B, C]
                 raw = all_raw[scoring_process(len(weight), self.mesh), np.arange(len(weight))]
             placed = put_rows(lambda rows: raw[rows], len(weight), row_sharding(self.mesh))
-            return self._merge(found, host_rewards.decoded(placed), rollout)
+            return self._merge(found, host_rewards.decoded(placed), rollout, rewards)
 
     def score_in_graph(self, prompts: Prompts, rollout: Rollout, variables: Mapping[str, Any] | None = None) -> InGraph:
         """(values, valid) of the in-graph components alone, in config order; those that read others come later."""
@@ -128,14 +133,24 @@ class Scorer:
             if name not in self.models:
                 return self.functions[name](text, n, columns)
             assert variables is not None, name
-            return self.models[name].score(variables[name], self.table, prompts, rollout)
+            score = functools.partial(self.models[name].score, variables[name], self.table, prompts, rollout)
+            if prompts.rewards is None:
+                return score()
+            # A model that no prompt of the step asks costs nothing.
+            asked = jnp.any(prompts.rewards.applies[:, self.names.index(name)] > 0)
+            zeros = jnp.zeros(rollout.tokens.shape[0], jnp.float32)
+            return jax.lax.cond(asked, score, lambda: (zeros, zeros))
 
         scores, valids = zip(*map(one, names), strict=True)
         return jnp.stack(scores, axis=1), jnp.stack(valids, axis=1)
 
     def total(self, scores: Scores) -> Float[Array, "B"]:
         """sum_c weight_c * values_c * valid_c."""
-        return (scores.values * scores.valid * jnp.asarray(self.weights, jnp.float32)).sum(axis=1)
+        return (scores.values * scores.valid * self.row_weights(scores)).sum(axis=1)
+
+    def row_weights(self, scores: Scores) -> Float[Array, "C"] | Float[Array, "B C"]:
+        """The weights of the components: those of the config, or each row's own."""
+        return jnp.asarray(self.weights, jnp.float32) if scores.rewards is None else scores.rewards.weights
 
     def components(self, scores: Scores, index: int) -> dict[str, float | None]:
         """The fetched scores of one completion by name; None where a component does not apply."""
@@ -155,7 +170,19 @@ class Scorer:
     def _on_host(self, name: str) -> bool:
         return self.host is not None and name in self.host.functions
 
-    def _merge(self, in_graph: InGraph, by_host: host_rewards.HostScores | None, rollout: Rollout) -> Scores:
+    @property
+    def _host_places(self) -> np.ndarray:
+        """Where the host's components lie on the axis C."""
+        assert self.host is not None
+        return np.array([self.names.index(name) for name in self.host.functions], np.int32)
+
+    def _merge(
+        self,
+        in_graph: InGraph,
+        by_host: host_rewards.HostScores | None,
+        rollout: Rollout,
+        rewards: RowRewards | None = None,
+    ) -> Scores:
         """All components in config order; they are made in-graph first, then by the host, then from the first one."""
         made = [name for name in self.names if not self._on_host(name) and name not in self._late]
         parts, failed = [in_graph], jnp.bool_(False)
@@ -174,7 +201,15 @@ class Scorer:
             made += self._late
         order = np.array([made.index(name) for name in self.names])
         values, valid = (jnp.concatenate([part[i] for part in parts], axis=1)[:, order] for i in (0, 1))
-        return Scores(values=values, valid=valid, failed=failed)
+        if rewards is not None:
+            valid = valid * rewards.applies
+            values = masked_select(values, valid)
+        return Scores(values=values, valid=valid, failed=failed, rewards=rewards)
+
+
+def rewards_by_row(prompts: Prompts, rollout: Rollout) -> RowRewards | None:
+    """Which rewards each completion has; None: all have those of the config."""
+    return None if prompts.rewards is None else jax.tree.map(lambda x: x[rollout.group], prompts.rewards)
 
 
 def _token_columns(rollout: Rollout) -> dict[str, Array]:
@@ -224,6 +259,7 @@ def build_scorer(
     pools: RewardPools | None = None,
     progress: Progress | None = None,
     models: Mapping[str, RewardModel | ModelJudge] | None = None,
+    sets: Sequence[PromptSetConfig] = (),
 ) -> Scorer:
     """The scorer of a config; raises InputError for unknown names, unreadable functions and rows without an answer.
 
@@ -231,7 +267,8 @@ def build_scorer(
     out too. `rows` are the dataset: the prompt under 'prompt', the right answer under 'answer', other columns by their
     names. `callables` are host rewards by name; they take precedence over names that exist otherwise. `pools` are
     shared with other scorers (None: own ones), `progress` tells rewards the step. `models` are the reward models by
-    name; without them the scorer can be checked, not used.
+    name; without them the scorer can be checked, not used. With `sets` the rows name theirs, and a component sees the
+    rows of the sets that have it.
     """
     callables = callables or {}
     unused = [name for name in callables if name not in config.names]
@@ -243,15 +280,15 @@ def build_scorer(
         if name in callables:
             functions[name] = callables[name]
         elif name in HOST_REWARDS:
-            functions[name] = HOST_REWARDS[name](config, pools, rows)
+            functions[name] = HOST_REWARDS[name](config, pools, rows_of(name, rows, sets))
         elif name not in REWARDS and name not in MODEL_REWARDS:
-            _require_columns(name, load_function(name, tuple(callables)), rows)
+            _require_columns(name, load_function(name, tuple(callables)), rows_of(name, rows, sets))
             functions[name] = Pooled(name)
     for name, function in functions.items():
         if not isinstance(function, Pooled):
-            _require_columns(name, function, rows)
+            _require_columns(name, function, rows_of(name, rows, sets))
     in_graph = [name for name in config.names if name not in functions and name not in MODEL_REWARDS]
-    check_in_graph(config, in_graph)
+    check_in_graph(config, in_graph, sets)
     needing = [name for name in in_graph if name in NEED_ANSWER]
     held = {name: values for model in (models or {}).values() for name, values in model.columns.items()}
     if "language" in in_graph:
@@ -263,7 +300,7 @@ def build_scorer(
         table=byte_table(tokenizer_bytes),
         host=host if functions else None,
         mesh=mesh,
-        answers=(answer_columns(rows, needing) if needing else {}) | held,
+        answers=(answer_columns(rows, needing, sets) if needing else {}) | held,
         functions={name: in_graph_function(name, config, rows) for name in in_graph},
         pools=pools if functions else None,
         models=models or {},
@@ -289,8 +326,26 @@ def language_column(config: RewardsConfig, rows: Sequence[dict[str, Any]]) -> di
     return {"language_number": np.array(numbers, np.int32)} if found else {}
 
 
-def check_in_graph(config: RewardsConfig, names: Sequence[str]) -> None:
+def has_component(each: PromptSetConfig, name: str) -> bool:
+    """Whether a prompt set's completions earn a component."""
+    return not each.rewards or name in each.rewards
+
+
+def rows_of(name: str, rows: Sequence[dict[str, Any]], sets: Sequence[PromptSetConfig]) -> Sequence[dict[str, Any]]:
+    """The rows whose completions earn a component."""
+    held = {each.name for each in sets if has_component(each, name)}
+    return [row for row in rows if row["set"] in held] if sets else rows
+
+
+def check_in_graph(config: RewardsConfig, names: Sequence[str], sets: Sequence[PromptSetConfig] = ()) -> None:
     """Raises InputError where the options of in-graph components, or their order, do not fit."""
+    for number, each in enumerate(sets):
+        reading = [name for name in names if name in NEED_RIGHT and has_component(each, name)]
+        if reading and not has_component(each, config.names[0]):
+            raise InputError(
+                f"data.sets[{number}].rewards={each.rewards!r}: {reading[0]!r} reads whether {config.names[0]!r} is "
+                "right: add that one"
+            )
     if "language" in names and config.language not in SCRIPTS:
         known = ", ".join(sorted(SCRIPTS))
         raise InputError(f"rewards.language={config.language!r} has no known script: use one of {known}")
@@ -324,21 +379,27 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable[..., Any]:
     return found
 
 
-def answer_columns(rows: Sequence[dict[str, Any]], needing: Sequence[str]) -> dict[str, np.ndarray]:
+def answer_columns(
+    rows: Sequence[dict[str, Any]], needing: Sequence[str], sets: Sequence[PromptSetConfig] = ()
+) -> dict[str, np.ndarray]:
     """Column 'answer' of all rows as bytes [rows, A] and lengths [rows]; raises InputError naming a row without one."""
     texts = [expected_text(row.get("answer")) for row in rows]
+    needed_by = {each.name: [name for name in needing if has_component(each, name)] for each in sets}
     for index, text in enumerate(texts):
+        here = needed_by[rows[index]["set"]] if sets else needing
+        if not here:
+            continue
         if not text:
             raise InputError(
-                f"dataset row {index}: column 'answer' is empty, and the reward {needing[0]!r} needs it: give it "
+                f"dataset row {index}: column 'answer' is empty, and the reward {here[0]!r} needs it: give it "
                 f"an answer, drop it, or set data.answer_column"
             )
-        numeric = [name for name in needing if name in ("number", "answer_number")]
+        numeric = [name for name in here if name in ("number", "answer_number")]
         if numeric and last_number(text) is None:
             raise InputError(
                 f"dataset row {index}: answer {text[:80]!r} holds no number; the reward {numeric[0]!r} needs one"
             )
-        if "choice" in needing and choice_letter(text) is None:
+        if "choice" in here and choice_letter(text) is None:
             raise InputError(
                 f"dataset row {index}: answer {text[:80]!r} is no choice such as 'B' or '(B)'; the reward 'choice' "
                 "needs one"

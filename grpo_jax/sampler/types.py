@@ -10,6 +10,20 @@ import flax.struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
+class RowRewards(flax.struct.PyTreeNode):
+    """Which rewards rows have, where not all have the same.
+
+    Attributes:
+      member: number of the row's prompt set.
+      applies: 1 where a component is asked about the row, else 0.
+      weights: weights of the components, 0 where they do not apply.
+    """
+
+    member: Int[Array, "*N"]
+    applies: Float[Array, "*N C"]
+    weights: Float[Array, "*N C"]
+
+
 class Prompts(flax.struct.PyTreeNode):
     """N prompts as the host hands them in.
 
@@ -20,6 +34,7 @@ class Prompts(flax.struct.PyTreeNode):
       row: index of the prompt's row in its dataset; host rewards look text and columns up by it.
       weight: 1, or 0 for filler rows that complete a batch.
       columns: what in-graph rewards need beside the tokens, each [N, ...] (such as the answer's bytes).
+      rewards: which rewards each prompt has; None: all have those of the config.
     """
 
     tokens: Int[Array, "N P"]
@@ -28,6 +43,7 @@ class Prompts(flax.struct.PyTreeNode):
     row: Int[Array, "N"]
     weight: Float[Array, "N"]
     columns: Mapping[str, Shaped[Array, "N ..."]]
+    rewards: RowRewards | None = None
 
 
 class Scores(flax.struct.PyTreeNode):
@@ -39,6 +55,7 @@ class Scores(flax.struct.PyTreeNode):
       failed: True when a host reward failed; the update is then skipped and the host raises.
       step_rewards: rewards of steps, each at the token that ends it; None: the outcome alone is rewarded.
       step_ends: 1 at the tokens that end a step, else 0.
+      rewards: which rewards each row has; None: all have those of the config.
     """
 
     values: Float[Array, "B C"]
@@ -46,6 +63,7 @@ class Scores(flax.struct.PyTreeNode):
     failed: Bool[Array, ""]
     step_rewards: Float[Array, "B T"] | None = None
     step_ends: Float[Array, "B T"] | None = None
+    rewards: RowRewards | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):
