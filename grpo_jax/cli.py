@@ -1,6 +1,7 @@
 """The command line: `grpo-jax train --config arithmetic --config.optim.lr=1e-4 --workdir runs/a`."""
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import functools
@@ -55,11 +56,15 @@ def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str,
     given = _joined(overrides)
     path = _config_path(overrides, default)
     known = set(configs.field_names())
-    fields = [item for item in given if item.startswith("--config.")]
-    for item in fields:
-        name, equals, _ = item.removeprefix("--config.").partition("=")
+    fields, lists = [], {}
+    for item in given:
+        if not item.startswith("--config."):
+            continue
+        name, equals, value = item.removeprefix("--config.").partition("=")
         if sections := configs.list_around(name):
-            raise InputError(f"--config.{name}: {sections} is a list of sections: set it in a config file")
+            lists[name] = _sections(name, sections, value)
+            continue
+        fields.append(item)
         if name not in known:
             raise configs.unknown_field("--config", name)
         if not equals:
@@ -72,7 +77,24 @@ def load_config(overrides: list[str], default: str = "arithmetic") -> tuple[str,
         holder(command)
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"--config: {error}") from error
+    for name, value in lists.items():
+        section, _, leaf = name.rpartition(".")
+        setattr(functools.reduce(getattr, section.split("."), holder.config), leaf, value)
     return path.stem, configs.from_dict(holder.config, str(path))
+
+
+def _sections(name: str, sections: str, text: str) -> tuple[Any, ...]:
+    """A list of sections as the command line gives it: `--config.data.sets="[{'name': 'a', 'path': 'a.jsonl'}]"`."""
+    try:
+        value = ast.literal_eval(text) if name == sections else None
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, list | tuple):
+        raise InputError(
+            f"--config.{name}: {sections} is a list of sections: set it in a config file, or give all of it, "
+            f"--config.{sections}=\"[{{'name': 'a', 'path': 'a.jsonl'}}]\""
+        )
+    return tuple(value)
 
 
 def _joined(overrides: list[str]) -> list[str]:

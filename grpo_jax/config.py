@@ -896,7 +896,7 @@ def validate(config: Config, source: str = "config") -> None:
     for axis in ("data", "fsdp", "tensor"):
         require(getattr(c.mesh, axis) == -1 or getattr(c.mesh, axis) >= 1, f"mesh.{axis}", "must be -1 or at least 1")
     require(
-        c.data.source in ("arithmetic", "memory") or bool(c.data.path),
+        c.data.source in ("arithmetic", "memory") or bool(c.data.sets) or bool(c.data.path),
         "data.path",
         f"is empty: data.source={c.data.source!r} needs the file, folder or name to read",
     )
