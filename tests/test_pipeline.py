@@ -9,10 +9,20 @@ import time
 import pytest
 
 from grpo_jax import pipeline as pipelines
-from grpo_jax.cli import check_command
-from grpo_jax.config import Config
+from grpo_jax.cli import check_command, load_config
+from grpo_jax.config import Config, config_file
 from grpo_jax.errors import InputError
-from grpo_jax.pipeline import Pipeline, Stage, chosen_stages, command_of, dry_run, evaluation_of, read_pipeline, run
+from grpo_jax.pipeline import (
+    Pipeline,
+    Stage,
+    check_commands,
+    chosen_stages,
+    command_of,
+    dry_run,
+    evaluation_of,
+    read_pipeline,
+    run,
+)
 from grpo_jax.recipes.pipeline_report import write_pipeline_report
 
 FILE = pathlib.Path("recipe.py")
@@ -190,6 +200,15 @@ def test_dry_run_checks_and_prints_every_command(capsys, tmp_path):
     wrong = Stage("zero", "R1-Zero", "train", {"optim.learning_rate": 1})
     with pytest.raises(InputError, match="stage zero: .*optim.learning_rate"):
         dry_run(Pipeline(file, "A recipe", (wrong,), {}, Config()), tmp_path, check_command)
+
+
+@pytest.mark.parametrize("name", ["r1_toy", "r1_qwen2.5_1.5b"])
+def test_the_recipes_that_come_with_the_package_are_made_of_commands_that_exist(name, tmp_path):
+    file = config_file(name)
+    given = read_pipeline(file, load_config(["--config", name])[1])
+    check_commands(given, tmp_path, check_command)
+    titles = [stage.title for stage in given.stages]
+    assert {"R1-Zero", "Cold start", "Reasoning RL", "SFT from the base", "RL for all scenarios"} < set(titles)
 
 
 @pytest.mark.parametrize(
