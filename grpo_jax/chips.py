@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from grpo_jax.errors import InputError
 
 GIB = 2**30
+BOX = 8  # GPUs that NVLink joins
+BETWEEN_BOXES = 5e10  # bytes a second from a GPU to other boxes: eight ports of 400 Gbit/s, DGX H100 data sheet
 
 # XLA's GpuTargetConfigProto of an H100 SXM, by the limits of compute capability 9.0 (CUDA C++ Programming Guide,
 # "Compute Capabilities") and the card's own sizes.
@@ -163,6 +165,11 @@ class Topology:
         """Chips in all slices."""
         return math.prod(self.shape) * self.slices
 
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes a second out of a chip: inside a slice, or between boxes where GPUs fill several."""
+        return BETWEEN_BOXES if not self.chip.tpu and self.chips > BOX else self.chip.link_bandwidth
+
 
 def parse_topology(text: str) -> Topology:
     """A topology from its name; raises InputError naming the fix.
@@ -181,6 +188,9 @@ def parse_topology(text: str) -> Topology:
     if not chip.tpu:
         if len(sizes) > 1 or slices > 1:
             raise InputError(f"{text!r}: give a number of GPUs, such as {name}:8")
+        if sizes[0] > BOX and sizes[0] % BOX:
+            whole = sizes[0] // BOX * BOX
+            raise InputError(f"{text!r}: more than {BOX} GPUs are boxes of {BOX}, such as {name}:{whole}")
         return Topology(chip, sizes)
     dimensions = 3 if name in THREE_DIMENSIONS else 2
     if len(sizes) == 1:

@@ -7,7 +7,7 @@ from typing import Any
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from grpo_jax.chips import Topology
+from grpo_jax.chips import BOX, Topology
 from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
 from grpo_jax.parallel import lay_out, mesh_sizes
@@ -25,7 +25,9 @@ def devices(topology: Topology) -> list[Any]:
     else:
         plugin = "jax_cuda12_plugin"
         fix = "jax's CUDA plugin: pip install 'grpo-jax[aot-cuda12]'"
-        wanted = {"platform": "cuda", "topology": f"1x1x{size}", "target_config": chip.target_config}
+        boxes = -(-topology.chips // BOX)
+        shape = f"1x{boxes}x{topology.chips // boxes}"  # slices x boxes x GPUs of a box
+        wanted = {"platform": "cuda", "topology": shape, "target_config": chip.target_config}
     if importlib.util.find_spec(plugin) is None:
         raise InputError(f"{topology.name}: needs {fix}")
     try:

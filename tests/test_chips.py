@@ -31,6 +31,7 @@ def test_names_are_read(text, shape, slices, chips, name):
         ("v5e:2x2x2", "a slice of v5e has 2 sizes, such as v5e:2x2"),
         ("v5p:2x2", "has 3 sizes"),
         ("h100:2x4", "give a number of GPUs"),
+        ("h100:12", "more than 8 GPUs are boxes of 8, such as h100:8"),
         ("2*h100:8", "give a number of GPUs"),
         ("v5e:0x4", "must be positive"),
     ],
@@ -65,3 +66,9 @@ def test_the_environment_keeps_what_the_user_set():
     assert tpu["JAX_PLATFORMS"] == "cpu" and tpu["TPU_ACCELERATOR_TYPE"] == "v5litepod-8"
     gpu = environment(parse_topology("h100:8"), {"XLA_FLAGS": "--xla_dump_to=x"})
     assert gpu["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_autotune_level=0"
+
+
+def test_links_between_boxes_are_slower():
+    assert parse_topology("h100:8").link_bandwidth == CHIPS["h100"].link_bandwidth
+    assert parse_topology("h100:16").link_bandwidth < CHIPS["h100"].link_bandwidth / 5
+    assert parse_topology("v5e:16").link_bandwidth == CHIPS["v5e"].link_bandwidth

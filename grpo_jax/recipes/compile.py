@@ -236,7 +236,7 @@ def phases(
     chip, made = topology.chip, []
     for inside, flops in ((True, work.sampling), (False, work.update)):
         share = flops / topology.chips
-        seconds = (share / chip.flops, moved[inside] / chip.memory_bandwidth, sent[inside] / chip.link_bandwidth)
+        seconds = (share / chip.flops, moved[inside] / chip.memory_bandwidth, sent[inside] / topology.link_bandwidth)
         made.append(Phase(share, moved[inside], sent[inside], *seconds))
     return made[0], made[1]
 
