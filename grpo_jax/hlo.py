@@ -17,6 +17,7 @@ FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "iota", "add-dependency", "domain",
 )  # fmt: skip
+PREFETCHES = {"copy-start": 0, "slice-start": 1}  # place of what they make among their shapes: libtpu differs by kind
 SLICES = ("dynamic-slice", "slice", "gather")  # read as much as they write
 
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[a-z]+\d+[a-z0-9]*)\[([\d,<=?]*)\](\{[^}]*\})?")
@@ -234,7 +235,7 @@ class Program:
         opcode = instruction.opcode
         if opcode in (*FREE, "dynamic-update-slice") or opcode.endswith("-done"):
             return []
-        shapes = instruction.shapes[:1] if opcode in ("copy-start", "slice-start") else instruction.shapes
+        shapes = instruction.shapes if opcode not in PREFETCHES else instruction.shapes[PREFETCHES[opcode] :][:1]
         in_place: set[tuple[Shape, ...]] = set()
         if opcode == "fusion":
             inside = self.computations.get(instruction.called("calls")[0], {})
@@ -281,11 +282,11 @@ class Program:
         if opcode == "dynamic-update-slice":
             update = scope.get(instruction.operands[1])
             return 2 * update.bytes if update is not None and made else 0
-        if opcode in ("copy-start", "slice-start"):  # (what it makes, what it reads, ...)
-            first = instruction.shapes[0]
+        if opcode in PREFETCHES:
+            target = instruction.shapes[PREFETCHES[opcode]]
             source = scope.get(instruction.operands[0])
-            read = 0 if source is not None and _is_fast(source) else first.bytes
-            return read + (0 if first.fast else first.bytes)
+            read = 0 if source is not None and _is_fast(source) else target.bytes
+            return read + (0 if target.fast else target.bytes)
         if opcode == "fusion":
             return self._fusion_traffic(scope, instruction)
         read = [scope[name] for name in instruction.operands if name in scope]

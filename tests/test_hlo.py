@@ -38,13 +38,13 @@ def test_collectives_run_as_often_as_the_loops_around_them(stored):
 
 def test_a_pass_moves_slices_and_updates_and_not_whole_buffers(stored):
     """The cache's new column, one layer of the stack, the prefetch: memory space 1 and collectives cost nothing."""
-    column, layer, prefetch = 8 * 1 * 2, 32 * 32 * 2, 32 * 32 * 2
-    assert stored.traffic("body", lambda loop: 10) == column + layer + prefetch
+    column, layer, prefetch, part = 8 * 1 * 2, 32 * 32 * 2, 32 * 32 * 2, 8 * 32 * 2
+    assert stored.traffic("body", lambda loop: 10) == column + layer + prefetch + part
 
 
 def test_what_is_written_whole_is_told_from_what_is_updated_in_place(stored):
     made = {i.name: stored.made_anew(where, i) for where, i, _, _ in stored.walk(lambda loop: 1, "body")}
-    assert made["c.1"] == [] and made["prefetch"] == [] and made["inner"] == []
+    assert made["c.1"] == [] and made["prefetch"] == made["part"] == made["inner"] == []
     assert [shape.dims for shape in made["all-to-all.1"]] == [(32, 32)]
 
 

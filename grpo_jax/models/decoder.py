@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.architecture import Architecture
@@ -27,6 +28,7 @@ from grpo_jax.ops.experts import load_excess, mix_experts, report_excess, route
 from grpo_jax.ops.norms import rms_norm
 from grpo_jax.ops.packing import real_tokens, row_columns
 from grpo_jax.ops.rope import frequencies, rotary_angles, rotate
+from grpo_jax.parallel import constrain_rows, row_shards
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -259,6 +261,7 @@ class Layer(nn.Module):
     dtype: Any
     experts: bool = False
     balance: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, place, cache, rotary, positions, segments):
@@ -279,13 +282,26 @@ class Layer(nn.Module):
             out = ExpertMlp(a, self.dtype, self.balance, name="mlp")(normed, segments)
         else:
             out = Mlp(a, self.dtype, a.mlp_width, name="mlp")(normed)
-        return x + (norm("mlp_post_norm")(out) if a.post_norms else out), cache
+        x = x + (norm("mlp_post_norm")(out) if a.post_norms else out)
+        return (lay_rows(x, self.mesh) if cache is None else x), cache
+
+
+def lay_rows(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
+    """Hidden states of a gradient pass with each device's rows on it.
+
+    Left alone, XLA splits them by width, as fsdp splits the embedding: every device then computes a part of all rows,
+    and what is summed over devices grows with the batch (compiled for v5e:2x2: 64 MiB a product, its weights 32).
+    """
+    if mesh is None or mesh.size == 1 or x.shape[0] % row_shards(mesh):
+        return x
+    return constrain_rows(x, mesh)
 
 
 class Decoder(nn.Module):
     """Embedding, stacks of layers, final norm, output matrix.
 
     `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
+    `mesh`: devices that the rows of a gradient pass are split over.
     """
 
     architecture: Architecture
@@ -293,6 +309,7 @@ class Decoder(nn.Module):
     scanned: bool = True
     remat: str = "none"
     balance: bool = False
+    mesh: Mesh | None = None
 
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
@@ -309,11 +326,11 @@ class Decoder(nn.Module):
                 in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             )
             for i, stack in enumerate(a.stacks):
-                setattr(self, f"stack_{i}", scan(a, self.dtype, stack.experts, self.balance))
+                setattr(self, f"stack_{i}", scan(a, self.dtype, stack.experts, self.balance, self.mesh))
         else:
             for i, stack in enumerate(a.stacks):
                 for j in range(stack.layers):
-                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, self.balance))
+                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, self.balance, self.mesh))
         self.final_norm = Norm(a.norm_eps, a.norm_offset)
         if not a.tied:
             self.head = Dense(a.vocabulary, self.dtype)
@@ -332,6 +349,7 @@ class Decoder(nn.Module):
         """
         a = self.architecture
         x = self.embed(tokens)
+        x = lay_rows(x, self.mesh) if cache is None else x
         if a.embedding_scale != 1.0:
             x = x * jnp.asarray(a.embedding_scale, x.dtype)
         columns = row_columns(segments) if cache is None else cache.index.columns

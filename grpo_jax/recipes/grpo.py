@@ -254,6 +254,7 @@ def prepare(
         dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.model.remat,
         balance=config.optim.routing_bias_rate > 0,
+        mesh=mesh,
     )
     parts = StepParts(
         config,

@@ -86,6 +86,7 @@ def step_parts(config: Config, mesh: Mesh, architecture: Architecture) -> StepPa
         dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.model.remat,
         balance=config.optim.routing_bias_rate > 0,
+        mesh=mesh,
     )
     optimizer, schedule = make_optimizer(config.optim, updates), make_schedule(config.optim, updates)
     stops = stop_table(config.sampler.stop, token_bytes)

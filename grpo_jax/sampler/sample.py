@@ -14,7 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from grpo_jax.config import SamplerConfig
 from grpo_jax.models.cache import Cache, end_prompt, init_cache, take_prompts
@@ -108,12 +108,12 @@ def sample(
     prompt_lengths = repeat_rows(prompts.lengths, group)
     filler = repeat_rows(prompts.weight, group) == 0
     noise = row_noise(key, prompts.draw, group, length)
-    draw = _Drawing(noise, config, end_ids, stops)
+    draw = _Drawing(noise, config, end_ids, stops, shards)
 
     def decode(state: Decoding) -> Decoding:
         held = state.slots
         # The newest token stands `count` - 1 after the prompt. A slot that holds nothing takes the first row's place.
-        place = (prompt_lengths[jnp.minimum(held.row, rows - 1)] + held.count - 1)[:, None]
+        place = (pick(prompt_lengths, shards, held.row) + held.count - 1)[:, None]
         live = jnp.ones_like(place)
         hidden, cache = module.apply(variables, held.last[:, None], place, live, state.cache)
         logits = module.apply(variables, hidden[:, 0], method="logits")
@@ -177,13 +177,15 @@ def _nothing_written(rows: int, length: int) -> Written:
 class _Drawing:
     """Draws the next token of the rows that are live, and notes which ended with it."""
 
-    def __init__(self, noise: Array, config: SamplerConfig, end_ids: tuple[int, ...], stops: StopTable | None):
-        self.noise, self.config, self.stops = noise, config, stops
+    def __init__(
+        self, noise: Array, config: SamplerConfig, end_ids: tuple[int, ...], stops: StopTable | None, shards: int
+    ):
+        self.noise, self.config, self.stops, self.shards = noise, config, stops, shards
         self.end_ids = jnp.asarray(end_ids, jnp.int32)
 
     def __call__(self, held: Slots, logits: Array, clock: Array, live: Array) -> Slots:
-        rows, length = self.noise.shape[:2]
-        noise = self.noise[jnp.minimum(held.row, rows - 1), jnp.minimum(held.count, length - 1)]
+        length = self.noise.shape[1]
+        noise = pick(self.noise, self.shards, held.row, jnp.minimum(held.count, length - 1))
         drawn, logp, sampled_logp = draw_tokens(logits, noise, self.config, self._forbidden(held, logits))
         drawn = jnp.where(live, drawn, 0)
         column = clock % length
@@ -280,6 +282,17 @@ class _Refill:
             return jax.vmap(lambda o, i, n: o.at[i].set(n, mode="drop"))(by_shard, target, new).reshape(old.shape)
 
         return Written(**{name: put(name) for name in Written.__dataclass_fields__})
+
+
+def pick(x: Shaped[Array, "B *rest"], shards: int, row: Int[Array, "S"], *index: Int[Array, "S"]) -> Array:
+    """x[row, *index] where each of the equal parts of slots holds rows of its own part of x; beyond B any row.
+
+    A plain gather would not know that no row crosses parts: it is two collectives in every decode pass.
+    """
+    parts = x.reshape(shards, -1, *x.shape[1:])
+    inside, *rest = (i.reshape(shards, -1) for i in (row % parts.shape[1], *index))
+    picked = jax.vmap(lambda part, *i: part[i])(parts, inside, *rest)
+    return picked.reshape(-1, *picked.shape[2:])
 
 
 def take_rows(x: Array, index: Int[Array, "D s"]) -> Array:

@@ -6,6 +6,7 @@ What libtpu compiles is slow here; `pytest -m slow tests/recipes/test_compile.py
 import dataclasses
 import importlib.util
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax import cli
+from grpo_jax.batches import pack_shape
 from grpo_jax.chips import CHIPS, GIB, parse_topology
 from grpo_jax.errors import InputError
 from grpo_jax.hlo import Program as Read
@@ -94,6 +96,20 @@ def test_loops_that_end_by_the_data_turn_as_often_as_full_completions_take(on_cp
     slotted = tiny.config(**SHAPE | {"sampler.slots": 8})
     work = plan_work(slotted, step.parts.module.architecture, Sizes(2, 2, 2), step.params)
     assert work.passes == 4 * 12  # 32 completions in 8 slots
+
+
+def test_a_gradient_pass_computes_the_rows_of_its_own_device(on_cpu):
+    """Left alone, XLA splits hidden states by width and each device computes a part of all rows."""
+    step, text, _ = on_cpu
+    shape = pack_shape(step.parts.config, 4)
+    tokens = shape.rows * 12 + shape.prompts * 16 if shape.shared else shape.rows * 28
+    read, largest = Read(text), 0
+    for loop in read.loops():
+        if compiling.named(loop) == "packs":
+            for _, instruction, _, _ in read.walk(lambda loop: 1, loop.body):
+                if "/mlp/" in instruction.op_name and "Decoder" in instruction.op_name:
+                    largest = max(largest, *(math.prod(x.dims) for x in instruction.shapes), 0)
+    assert 64 * 128 / 2 <= largest <= 2 * max(tokens * 128 / 2, 64 * 128 / 2), (largest, tokens)
 
 
 def test_a_weight_gathered_in_the_loop_is_seen(on_cpu):
