@@ -249,7 +249,7 @@ def run(
         if again:
             for stage in stages:
                 _set_aside(workdir, record, stage.name)
-        _check_record(pipeline, stages, record, known)
+        _check_record(pipeline, workdir, stages, record, known)
         begin = functools.partial(start or _start, until=until, lock=lock)
         if not all(_finish(pipeline, stage, workdir, record, known, begin) for stage in stages):
             return False
@@ -273,7 +273,7 @@ def _finish(
         "evaluated": (evaluation_of(pipeline, stage, workdir), workdir / stage.name / EVALUATION / "summary.json"),
     }
     for part, (words, leaves) in parts.items():
-        if not words or entry.get(part):
+        if not words or (entry.get(part) and leaves.exists()):
             continue
         _say(f"{stage.name}: {shlex.join(['grpo-jax', *words])}")
         entry |= {"command": words} if part == "made" else {}
@@ -313,7 +313,11 @@ def _read_record(pipeline: Pipeline, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_record(
-    pipeline: Pipeline, chosen: Sequence[Stage], record: Mapping[str, Any], known: Mapping[str, str]
+    pipeline: Pipeline,
+    workdir: pathlib.Path,
+    chosen: Sequence[Stage],
+    record: Mapping[str, Any],
+    known: Mapping[str, str],
 ) -> None:
     """Raises InputError for stages made by other commands, and for inputs that neither are there nor will be made."""
     made, names = record["stages"], [stage.name for stage in chosen]
@@ -324,7 +328,7 @@ def _check_record(
                 f"--from {stage.name} --again makes it and those after it anew, or name another --workdir"
             )
         for name in sorted(reads(stage)):
-            if name not in names and not made.get(name, {}).get("made"):
+            if name not in names and not (made.get(name, {}).get("made") and (workdir / name).exists()):
                 raise InputError(f"--from {stage.name}: reads {name}, which is not finished: --from {name}")
 
 

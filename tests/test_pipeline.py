@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -129,6 +130,15 @@ def test_a_changed_stage_and_those_that_read_it_are_refused(tmp_path):
 def test_inputs_have_to_be_there(tmp_path):
     with pytest.raises(InputError, match="--from zero: reads base, which is not finished"):
         run(recipe(), tmp_path, chosen_stages(recipe(), only="zero"), start=Fake(tmp_path))
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path):
+    run(recipe(), tmp_path, STAGES, start=Fake(tmp_path))
+    shutil.rmtree(tmp_path / "keep")
+    with pytest.raises(InputError, match="reads keep, which is not finished"):
+        run(recipe(), tmp_path, STAGES[3:], start=Fake(tmp_path))
+    fake = Fake(tmp_path)
+    assert run(recipe(), tmp_path, STAGES, start=fake) and fake.started == ["keep"]
 
 
 def test_one_pipeline_a_folder(tmp_path):
