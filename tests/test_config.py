@@ -311,7 +311,7 @@ def test_every_config_file_loads_and_names_its_command(name):
     module = configs.load_config_module(path)
     made = from_dict(configs.read_config_file(path), str(path))
     assert made != Config()
-    verb = "sweep" if hasattr(module, "get_sweep") else "train"
+    verb = "sweep" if hasattr(module, "get_sweep") else "pipeline" if hasattr(module, "get_pipeline") else "train"
     command = r"grpo-jax train\n" if name == "arithmetic" else rf"grpo-jax {verb} --config {name}\b"
     assert re.search(command, module.__doc__), f"{path}: its docstring names no command"
     assert load_config(["--config", name]) == (path.stem, made)

@@ -245,7 +245,7 @@ def test_what_is_missing_is_said_with_where_to_get_it(tmp_path, name):
         ("gsm8", [], "--set gsm8: no such set; there are aime_2024, .*; did you mean gsm8k?"),
         ("gsm8k", [], "has no rows: fetch"),
         ("jsonl", [{"prompt": 5, "answer": "1"}], "line 1: the prompt must be text or a list of messages: '5'"),
-        ("jsonl", [{"prompt": "a", "answer": "1", "kind": "essay"}], "kind='essay' is not math or choice"),
+        ("jsonl", [{"prompt": "a", "answer": "1", "kind": "essay"}], "kind='essay' is not math, choice or exact"),
         ("if_eval", [{**ROWS["if_eval"][0], "kwargs": [{}]}], "line 1: 2 instructions and 1 of kwargs"),
         ("if_eval", [{**ROWS["if_eval"][0], "kwargs": ["{", "{}"]}], "line 1: kwargs cannot be read"),
         ("live_code_bench", [lcb("a", PUBLIC, "???", "", {})], "line 1: its test cases cannot be read"),
