@@ -137,23 +137,36 @@ def available(mixture: Mixture, against: Sequence[Any]) -> tuple[Filtered, dict[
     rows, parts = [], {}
     for part in mixture.parts:
         chats = read_chat_file(part.path, f"--part {part.name}")
-        made = [without_thought(chat, part.thoughts, mixture.simple_words) for chat in chats]
-        changed = sum(new is not old for new, old in zip(made, chats, strict=True))
-        parts[part.name] = {"path": part.path, "weight": part.weight, "read": len(chats), "thoughts_dropped": changed}
-        rows += [as_row(chat, part.name) for chat in made]
-    said = [row for row in rows if row["completion"].strip()]
-    found = Filtered(said, {"empty without its thought": len(rows) - len(said)})
-    steps: dict[str, Callable[[Sequence[Mapping[str, Any]]], Filtered]] = {
-        "duplicates": functools.partial(deduplicate, least_similarity=mixture.similarity),
-        "contaminated": functools.partial(decontaminate, against=against, n=mixture.ngram),
-    }
-    for name, step in steps.items():
+        parts[part.name] = {"path": part.path, "weight": part.weight, "read": len(chats)}
+        rows += [as_row(chat, part.name) for chat in chats]
+    unique = functools.partial(deduplicate, least_similarity=mixture.similarity)
+    steps: list[tuple[str, Callable[[Sequence[Mapping[str, Any]]], Filtered]]] = [
+        ("duplicates", unique),
+        ("emptied", functools.partial(without_thoughts, mixture=mixture)),
+        ("duplicates", unique),  # without their thoughts further rows are alike
+        ("contaminated", functools.partial(decontaminate, against=against, n=mixture.ngram)),
+    ]
+    found = Filtered(rows, {})
+    for name, step in steps:
         before = collections.Counter(row["part"] for row in found.rows)
         found = found.then(step)
         after = collections.Counter(row["part"] for row in found.rows)
-        for part in parts:
-            parts[part] |= {name: before[part] - after[part], "available": after[part]}
+        for part, about in parts.items():
+            about |= {name: about.get(name, 0) + before[part] - after[part], "available": after[part]}
+    for part, about in parts.items():
+        about["thoughts_dropped"] = sum(row["changed"] for row in found.rows if row["part"] == part)
     return found, parts
+
+
+def without_thoughts(rows: Sequence[Mapping[str, Any]], mixture: Mixture) -> Filtered:
+    """The rows without the thoughts that their parts leave out; rows that say nothing else are dropped."""
+    thoughts = {part.name: part.thoughts for part in mixture.parts}
+    made = []
+    for row in rows:
+        chat = without_thought(row["chat"], thoughts[row["part"]], mixture.simple_words)
+        made.append(as_row(chat, row["part"]) | {"changed": chat is not row["chat"]})
+    said = [row for row in made if row["completion"].strip()]
+    return Filtered(said, {"empty without its thought": len(made) - len(said)})
 
 
 def without_thought(chat: dict[str, Any], thoughts: str, simple_words: int) -> dict[str, Any]:
@@ -208,11 +221,11 @@ def drawn(mixture: Mixture, rows: Sequence[Mapping[str, Any]], wanted: Sequence[
 
 def tell(summary: Mapping[str, Any], mixture: Mixture, terminal: Terminal, path: pathlib.Path) -> None:
     """Prints the parts, and what was dropped."""
-    headings = ["part", "read", "duplicates", "contaminated", "available", "drawn", "share", "passes"]
+    headings = ["part", "read", "duplicates", "emptied", "contaminated", "available", "drawn", "share", "passes"]
     terminal.table(
         headings,
         [
-            [name, *(f"{about[key]:,}" for key in headings[1:6]), f"{about['share']:.1%}", f"{about['passes']:.2f}"]
+            [name, *(f"{about[key]:,}" for key in headings[1:7]), f"{about['share']:.1%}", f"{about['passes']:.2f}"]
             for name, about in summary["parts"].items()
         ],
     )

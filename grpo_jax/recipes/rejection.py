@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ from grpo_jax.text import Tokenizer
 
 SURPLUS = "more than are kept of a prompt"
 OPENING = "<think>"
+TAG = re.compile(r"</?(?:think|answer)>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +188,8 @@ def first_of_each(rows: Sequence[Mapping[str, Any]], most: int) -> Filtered:
 
 
 def decontaminate_answers(rows: Sequence[Mapping[str, Any]], against: Sequence[Any], n: int) -> Filtered:
-    """`decontaminate` on what is written: a summary may hold what its chain did not."""
-    said = [{"prompt": "", "completion": row["answer_text"], "row": row} for row in rows]
+    """`decontaminate` on summaries, which may hold what their chains did not; tags are no words of theirs."""
+    said = [{"prompt": "", "completion": TAG.sub(" ", row["summary"]), "row": row} for row in rows]
     found = decontaminate(said, against, n)
     return Filtered([row["row"] for row in found.rows], found.dropped)
 

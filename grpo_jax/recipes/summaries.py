@@ -264,7 +264,7 @@ def _right(rows: Sequence[Row], config: SummaryConfig, grader: Grader) -> Filter
     for row, grade in zip(rows, grades, strict=True):
         sentence = sentence_of(row, config)
         summary = row["summary"]
-        if sentence and answer_span(summary) is None and grade.lenient >= 1:
+        if sentence and sentence not in summary and answer_span(summary) is None and grade.lenient >= 1:
             summary = f"{summary}\n{sentence}"
         text = texts_in(form, {"{reasoning}": row["reasoning"], "{summary}": summary})
         if row["opening"] and text.startswith(TAGS[0]):  # the prompt ends with the tag and this whitespace

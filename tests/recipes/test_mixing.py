@@ -88,7 +88,7 @@ def test_the_seed_names_rows_and_order(mixture, tmp_path):
 def test_a_part_that_is_used_up_shrinks_the_mixture_or_is_repeated(mixture, tmp_path, capsys):
     even = tuple(dataclasses.replace(part, weight=1.0) for part in mixture.parts)
     summary = run(dataclasses.replace(mixture, parts=even, rows=100), tmp_path / "shrunk")
-    assert summary["rows"] == 8 and "8 rows, not 100: a part is used up" in capsys.readouterr().out
+    assert summary["rows"] == 8 and "8 rows, not 100: a part is used up" in capsys.readouterr().err
     summary = run(dataclasses.replace(mixture, parts=even, used_up="repeat"), tmp_path / "repeated")
     assert summary["rows"] == 24 and [p["passes"] for p in summary["parts"].values()] == [1.0, 3.0]
     asked = collections.Counter(row["messages"][0]["content"] for row in mixed(tmp_path / "repeated"))
@@ -125,13 +125,13 @@ def test_a_part_without_rows_leaves_nothing():
 def test_duplicates_and_evaluation_sets_are_kept_out_across_parts(mixture, tmp_path):
     sums = read_jsonl(mixture.parts[0].path)
     write(tmp_path / "rest.jsonl", [*read_jsonl(mixture.parts[1].path), sums[3], chat("x", "<think>y</think>")])
-    (tmp_path / "test.jsonl").write_text('{"question": "Sky: what COLOUR is it?", "answer": "blue"}\n')
-    given = dataclasses.replace(mixture, against=(f"jsonl={tmp_path / 'test.jsonl'}",), ngram=3)
-    summary = run(given, tmp_path / "out")
+    summary = run(mixture, tmp_path / "out")
     general = summary["parts"]["general"]
-    assert (general["read"], general["duplicates"], general["contaminated"], general["available"]) == (6, 1, 0, 4)
+    counted = [general[name] for name in ("read", "duplicates", "emptied", "contaminated", "available")]
+    assert counted == [6, 1, 1, 0, 4]
     assert summary["dropped"]["empty without its thought"] == 1 and summary["dropped"]["exact duplicates"] == 1
-    (tmp_path / "test.jsonl").write_text('{"question": "Tell me what colour is the sea", "answer": "blue"}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "Sea: what COLOUR is it?", "answer": "blue"}\n')
+    given = dataclasses.replace(mixture, against=(f"jsonl={tmp_path / 'test.jsonl'}",), ngram=3)
     general = run(given, tmp_path / "out")["parts"]["general"]
     assert (general["contaminated"], general["available"], general["drawn"]) == (1, 3, 3)
 
