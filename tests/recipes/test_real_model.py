@@ -1,7 +1,8 @@
 """Two steps of the real configs on a real pretrained model, by the command line, as a user runs them.
 
-What the model learns in a whole run is in docs/results.md. Of these runs' seconds nearly all go into compiling thirty
-layers, so they share a compilation cache and the shapes of evaluation, which is greedy: one program samples for both.
+What the model learns in a whole run is in docs/results.md. These runs' seconds go into compiling thirty layers and into
+Adam on 135 million parameters. So evaluation is greedy, which makes one program of its two, and all parameters are
+trained in one of the runs, adapters in the other.
 """
 
 import importlib.util
@@ -15,10 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SMALL = (
-    "--config.data.prompts_per_step=2",
-    "--config.data.max_prompt_length=60",
     "--config.sampler.group_size=2",
-    "--config.sampler.max_new_tokens=26",
     "--config.objective.micro_batch_size=0",
     "--config.train.steps=2",
     "--config.eval.final_problems=2",
@@ -59,8 +57,10 @@ def test_smollm2_sums(run_cli, tmp_path, cache, quick_compiles):
     """
     run = run_cli(
         "train", "--config", "smollm2_sums", "--workdir", tmp_path / "run", *SMALL, cache, "--config.data.digits=1",
-        "--config.cold_start.prompts=12", "--config.cold_start.rows=4",
-        "--config.cold_start.sft.steps=1", "--config.cold_start.sft.batch_size=2", timeout=1200, env=quick_compiles,
+        "--config.data.prompts_per_step=2", "--config.sampler.max_new_tokens=12",
+        "--config.cold_start.prompts=6", "--config.cold_start.rows=4", "--config.cold_start.sft.steps=1",
+        "--config.cold_start.sft.batch_size=2", "--config.cold_start.sft.max_length=64",
+        timeout=1200, env=quick_compiles,
     )  # fmt: skip
     check(run, tmp_path / "run", problems=2)
     chats = read_lines(tmp_path / "run/cold_start/samples.jsonl")
@@ -80,9 +80,10 @@ def test_gsm8k(run_cli, tmp_path, cache, repo_root, quick_compiles):
     (tmp_path / "held_out.jsonl").write_text('{"question": "What is 7 + 5?", "answer": "7+5=<<7+5=12>>12\\n#### 12"}\n')
     run = run_cli(
         "train", "--config", "gsm8k", "--workdir", tmp_path / "run", *SMALL, cache, "--config.text.system_prompt=",
-        "--config.data.source=jsonl", f"--config.data.path={rows}",
-        f"--config.data.eval_path={tmp_path / 'held_out.jsonl'}", "--config.model.logits_chunk=0",
-        timeout=1200, env=quick_compiles,
+        "--config.data.source=jsonl", f"--config.data.path={rows}", "--config.data.max_prompt_length=60",
+        f"--config.data.eval_path={tmp_path / 'held_out.jsonl'}", "--config.data.prompts_per_step=1",
+        "--config.sampler.max_new_tokens=26", "--config.model.logits_chunk=0", "--config.lora.rank=4",
+        "--config.lora.base_dtype=float32", timeout=1200, env=quick_compiles,
     )  # fmt: skip
     lines = check(run, tmp_path / "run", problems=1)
     assert all("kl" in line for line in lines)
