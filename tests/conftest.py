@@ -1,5 +1,6 @@
 """What every test stands on: eight CPU devices, exact products, a cache of compiled programs."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -14,15 +15,16 @@ PACKAGE = pathlib.Path(importlib.util.find_spec("grpo_jax").submodule_search_loc
 
 
 def _quick_compiles() -> str:
-    """XLA flags with which small programs compile fast: most of these tests' time goes there.
+    """XLA flags with which small programs compile fast: half of these tests' time goes there, the other into tracing.
 
     Level 1 took 124 CPU seconds for seven tests of the step, level 0 99; one of them took 42 at level 0, and 30 without
-    the newer emitters of fused loops. XLA ends a process that names a flag it does not know, so that one is for
-    the versions that were tried.
+    the newer emitters of fused loops. A step took 4.1 in many modules of LLVM, 3.7 in one. XLA ends a process that
+    names a flag it does not know, so these are for the versions that were tried.
     """
     flags = "--xla_backend_optimization_level=0"
     tried = importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]
-    return f"{flags} --xla_cpu_use_fusion_emitters=false" if tried else flags
+    more = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    return f"{flags} {more}" if tried else flags
 
 
 QUICK_COMPILES = _quick_compiles()
@@ -43,6 +45,7 @@ def _set_up_jax() -> None:
 
 
 _set_up_jax()
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects and little garbage: a tenth of its time went to looking
 
 
 # Files of few tests that take minutes: started last, one of them keeps a process busy when the other has nothing left.
@@ -52,6 +55,12 @@ LONG_FILES = ("test_real_model", "test_resume", "test_runs", "test_notebook", "t
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files come first (with `--no-loadscope-reorder`, which keeps this order)."""
     items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the process: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

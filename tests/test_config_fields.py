@@ -805,8 +805,8 @@ LOGITS = np.random.default_rng(3).normal(0, 2, (400, 7)).astype(np.float32)
 
 def drawn(**fields):
     config = tiny.config(**fields).sampler
-    noise = jax.random.uniform(jax.random.key(0), (len(LOGITS), 2))
-    return [np.asarray(x) for x in draw_tokens(jnp.asarray(LOGITS), noise, config)]
+    program = jax.jit(lambda: draw_tokens(LOGITS, jax.random.uniform(jax.random.key(0), (len(LOGITS), 2)), config))
+    return [np.asarray(x) for x in program()]
 
 
 def chosen(logps, tokens):
@@ -826,7 +826,8 @@ def test_temperature():
     parts = bigram_parts(**{"sampler.temperature": 2.0})
     rollout = hand_made_rollout(parts.config)
     variables = {"params": {"embed": {"embedding": jnp.asarray(EMBEDDING)}}}
-    logps, _ = completion_logps(parts, variables, packs_of(parts, rollout).pick(0)[0])
+    program = jax.jit(lambda v: completion_logps(parts, v, packs_of(parts, rollout).pick(0)[0])[0])
+    logps = program(variables)
     before = np.concatenate([rollout.prompt_tokens[:, 1:], rollout.tokens[:, :-1]], axis=1)
     want = np.take_along_axis(log_softmax(EMBEDDING[before] @ EMBEDDING.T / 2), rollout.tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(logps, want, atol=1e-5)

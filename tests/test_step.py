@@ -284,9 +284,10 @@ PLAIN = {"train.share_prefix": False}
     "fields",
     [
         {"objective.micro_batch_size": 8},
-        {"objective.micro_batch_size": 5, "train.pack_prompts": 2},
         PLAIN | {"objective.micro_batch_size": 1},
-        PLAIN | {"objective.micro_batch_size": 3, "train.pack_prompts": 4},
+        # Other shapes of packs: `test_updates_against_numpy` has them, of the bigram table.
+        pytest.param({"objective.micro_batch_size": 5, "train.pack_prompts": 2}, marks=pytest.mark.slow),
+        pytest.param(PLAIN | {"objective.micro_batch_size": 3, "train.pack_prompts": 4}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
@@ -632,30 +633,16 @@ def test_the_correction_is_that_of_the_trainer_to_the_law_really_drawn_from():
     assert metrics["correction/kl"] > 0.01 and metrics["correction/outside"] == 0
 
 
-# Adapters, and devices.
+# Devices.
 
 
-def one_step(parts, variables=None, frozen=None):
+def one_step(parts):
     """(state before, state after, metrics, rollout) on the host."""
-    state = tiny.state(parts, variables, frozen)
+    state = tiny.state(parts)
     before = jax.device_get(state)
     prompts = tiny.on_mesh(tiny.prompts(parts.config), parts.mesh)
     after, metrics, rollout = jax.device_get(Program(parts, state)(state, prompts))
     return before, after, divide(metrics.means), rollout
-
-
-def test_adapters_are_trained_and_parameters_left_alone():
-    params, adapters = tiny.params(ONE_LAYER), tiny.adapters(ONE_LAYER)
-    parts = tiny.parts(tiny.config(**SMALL), ONE_LAYER, optax.sgd(1.0))
-    before, after, metrics, rollout = one_step(parts, {"adapters": adapters}, {"params": params})
-    assert_bitwise(after.frozen, {"params": params})
-    moved = {name: (value != leaves(before.trainable)[name]).any() for name, value in leaves(after.trainable).items()}
-    assert len(moved) == 14 and all(moved.values()) and all(name.startswith("adapters/") for name in moved)
-    assert metrics["sampler_gap/max"] <= 1e-5 and after.updates == 1
-    for b, n in enumerate(rollout.lengths):
-        prompt = rollout.prompt_tokens[b, 7 - rollout.prompt_lengths[b] :]
-        want = numpy_decoder.completion_logps(params, ONE_LAYER, prompt, rollout.tokens[b, :n], 1.0, adapters)
-        np.testing.assert_allclose(rollout.logps[b, :n], want, atol=1e-5)
 
 
 @functools.cache
@@ -668,7 +655,7 @@ def step_on(data=1, fsdp=1, tensor=1, sampling="same"):
     "mesh",
     [
         {"tensor": 2},
-        {"data": 2, "fsdp": 2, "sampling": "tensor"},
+        pytest.param({"data": 2, "fsdp": 2, "sampling": "tensor"}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 2, "tensor": 2, "sampling": "replicated"},
     ],
     ids=lambda mesh: "-".join(f"{k}_{v}" for k, v in mesh.items()),

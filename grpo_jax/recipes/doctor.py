@@ -191,7 +191,7 @@ def small_config() -> Config:
         {
             "data": {"max_prompt_length": 8, "prompts_per_step": prompts},
             "sampler": {"group_size": 2, "max_new_tokens": 8},
-            "rewards": {"names": ("format",), "weights": (1.0,)},
+            "rewards": {"names": ("overlong",), "weights": (1.0,)},
             "base": {"sft": {"batch_size": prompts}},
         },
         "doctor",
@@ -200,7 +200,7 @@ def small_config() -> Config:
 
 def sampler_gap() -> Finding:
     """One step of a small model: the sampler's log-probabilities against the trainer's."""
-    config, sizes = small_config(), llama(2, vocabulary=64, width=64, heads=4, kv_heads=2, head_size=16, mlp_width=128)
+    config, sizes = small_config(), llama(1, vocabulary=64, width=64, heads=4, kv_heads=2, head_size=16, mlp_width=128)
     mesh = make_mesh(config.mesh)
     parts = step_parts(config, mesh, sizes)
     with jax.default_matmul_precision("highest"):

@@ -125,23 +125,27 @@ FIELDS = {
 }  # fmt: skip
 
 
-def steps(count: int, **fields) -> tuple[list, list[dict]]:
-    """States before and after each of `count` steps of plain descent, and their metrics."""
-    parts = tiny.parts(tiny.config(**{**FIELDS, **fields}), OF, optax.sgd(0.5))
-    trainable, frozen = split_variables(BASE, parts.config.lora, 0)
+ONE_LAYER = tiny.architecture(layers=1, tied=False)
+
+
+def steps(count: int, **fields) -> tuple[list, list[dict], list]:
+    """States before and after each of `count` steps of plain descent, their metrics and rollouts."""
+    parts = tiny.parts(tiny.config(**{**FIELDS, **fields}), ONE_LAYER, optax.sgd(0.5))
+    trainable, frozen = split_variables(tiny.params(ONE_LAYER), parts.config.lora, 0)
     state = tiny.state(parts, trainable, frozen, base_is_reference=True)
-    program, states, told = Program(parts, state), [jax.device_get(state)], []
+    program, states, told, rollouts = Program(parts, state), [jax.device_get(state)], [], []
     for number in range(count):
         prompts = tiny.on_mesh(tiny.prompts(parts.config, 2 * number), parts.mesh)
-        state, metrics, _ = program(state, prompts)
+        state, metrics, rollout = program(state, prompts)
         states.append(jax.device_get(state))
         told.append(divide(jax.device_get(metrics.means)))
+        rollouts.append(jax.device_get(rollout))
     assert program.traces == 1
-    return states, told
+    return states, told, rollouts
 
 
 def test_only_adapters_are_trained_and_the_reference_is_a_copy_when_refreshed():
-    states, told = steps(3, **{"objective.reference_every": 2})
+    states, told, rollouts = steps(3, **{"objective.reference_every": 2})
     for state in states:
         jax.tree.map(np.testing.assert_array_equal, state.frozen, states[0].frozen)
         assert set(state.trainable) == {"adapters"}
@@ -154,6 +158,15 @@ def test_only_adapters_are_trained_and_the_reference_is_a_copy_when_refreshed():
     assert abs(told[0]["kl"]) < 1e-9 < told[1]["kl"], "the policy starts at the base and leaves it"
     jax.tree.map(np.testing.assert_array_equal, states[2].reference, states[2].trainable)
     assert abs(told[2]["kl"]) < 1e-9
+    moved = jax.tree.map(lambda a, b: (a != b).any(), states[2].trainable, states[0].trainable)
+    assert len(jax.tree.leaves(moved)) == 14 and all(jax.tree.leaves(moved))
+    # The sampler draws from base and adapters: here those of two updates.
+    adapters = scaled(states[2].trainable["adapters"], FIELDS["lora.alpha"] / FIELDS["lora.rank"])
+    base, rollout = merge(states[2].frozen["params"], {"adapters": {}, "adapter_scales": {}}), rollouts[2]
+    for b, n in enumerate(rollout.lengths):
+        prompt = rollout.prompt_tokens[b, 7 - rollout.prompt_lengths[b] :]
+        want = numpy_decoder.completion_logps(base, ONE_LAYER, prompt, rollout.tokens[b, :n], 1.0, adapters)
+        np.testing.assert_allclose(rollout.logps[b, :n], want, atol=2e-5)
 
 
 def test_without_refreshing_the_reference_is_the_base_alone():

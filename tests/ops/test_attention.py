@@ -1,5 +1,7 @@
 """Attention over one and two segments, rotary positions and RMS norm against float64 numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,8 @@ def test_who_sees_whom():
     positions, key_positions = random.integers(0, 6, (2, 5)), random.integers(0, 6, (2, 7))
     segments, key_segments = random.integers(0, 3, (2, 5)), random.integers(0, 3, (2, 7))
     for window in (0, 1, 3):
-        got = np.asarray(visible(positions, key_positions, segments, key_segments, window))
+        seen = jax.jit(functools.partial(visible, window=window))
+        got = np.asarray(seen(positions, key_positions, segments, key_segments))
         for b, s, z in np.ndindex(got.shape):
             back = positions[b, s] - key_positions[b, z]
             near = back >= 0 and (window == 0 or back < window)
@@ -50,7 +53,8 @@ def test_who_sees_whom():
 def test_attention_with_grouped_queries():
     query, key, value = normal(B, T, H, E), normal(B, P, K, E, seed=1), normal(B, P, K, E, seed=2)
     mask = random_mask(B, T, P)
-    np.testing.assert_allclose(attend(query, key, value, mask), plain_attention(query, key, value, mask), atol=1e-6)
+    got = jax.jit(attend)(query, key, value, mask)
+    np.testing.assert_allclose(got, plain_attention(query, key, value, mask), atol=1e-6)
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.5])
@@ -58,7 +62,8 @@ def test_gradients_are_those_of_the_formula(cap):
     """By row, query and head in float64: d scores = w (d - w d), and cap tanh's slope."""
     query, key, value = normal(B, T, H, E), normal(B, P, K, E, seed=1), normal(B, P, K, E, seed=2)
     mask, change = random_mask(B, T, P), normal(B, T, H, E, seed=3)
-    got = jax.grad(lambda *a: jnp.sum(attend(*a, mask, 0.3, cap) * change), argnums=(0, 1, 2))(query, key, value)
+    compute = jax.jit(jax.grad(lambda *a: jnp.sum(attend(*a, mask, 0.3, cap) * change), argnums=(0, 1, 2)))
+    got = compute(query, key, value)
     want = [np.zeros(x.shape) for x in (query, key, value)]
     for b, s, h in np.ndindex(query.shape[:3]):
         seen, k = np.flatnonzero(mask[b, s]), h // (H // K)
@@ -83,7 +88,7 @@ def test_a_shared_prefix_and_own_keys_are_one_softmax():
     (prefix_key, prefix_value), (own_key, own_value) = prefix, own
     keys = [x.transpose(0, 2, 3, 1) for x in (prefix_key, own_key)]
     values = [np.swapaxes(x, 1, 2) for x in (prefix_value, own_value)]
-    got = attend_shared_prefix(query, (keys[0], values[0], prefix_mask), (keys[1], values[1], own_mask))
+    got = jax.jit(attend_shared_prefix)(query, (keys[0], values[0], prefix_mask), (keys[1], values[1], own_mask))
 
     def joined(prefix, own):
         return np.concatenate([np.repeat(prefix, R, axis=0), own], axis=1)
@@ -96,17 +101,20 @@ def test_a_shared_prefix_and_own_keys_are_one_softmax():
 def test_a_row_that_sees_nothing_is_finite_in_value_and_gradient():
     query, key, value = normal(1, 2, 1, E), normal(1, 3, 1, E, seed=1), normal(1, 3, 1, E, seed=2)
     mask = np.array([[[True, False, False], [False] * 3]])
-    out, gradient = jax.value_and_grad(lambda q: attend(q, key, value, mask).sum())(query)
+    out, gradient = jax.jit(jax.value_and_grad(lambda q: attend(q, key, value, mask).sum()))(query)
     assert np.isfinite(out) and np.isfinite(gradient).all()
 
 
 def test_masked_keys_have_no_influence_whatever_they_hold():
     query, key, value = normal(1, 1, H, E), normal(1, P, K, E, seed=1), normal(1, P, K, E, seed=2)
     mask = np.array([[[True, True, False, False, True]]])
-    first = attend(query, key, value, mask)
+    compiled = jax.jit(attend)
+    first = compiled(query, key, value, mask)
     hidden = np.array([False, False, True, True, False])[None, :, None, None]
-    np.testing.assert_array_equal(first, attend(query, np.where(hidden, 1e6, key), np.where(hidden, 3.0, value), mask))
-    by_key, by_value = jax.grad(lambda k, v: (attend(query, k, v, mask) ** 2).sum(), argnums=(0, 1))(key, value)
+    other = [np.where(hidden, np.float32(junk), x) for junk, x in ((1e6, key), (3.0, value))]
+    np.testing.assert_array_equal(first, compiled(query, *other, mask))
+    square = jax.grad(lambda k, v: (attend(query, k, v, mask) ** 2).sum(), argnums=(0, 1))
+    by_key, by_value = jax.jit(square)(key, value)
     assert not np.any(by_key[0, 2:4]) and not np.any(by_value[0, 2:4]) and np.any(by_key[0, 4])
 
 
@@ -119,7 +127,7 @@ def test_softmax_over_segments_with_large_scores():
 @pytest.mark.parametrize("theta", [1e2, 1e5])
 def test_rotary_positions(theta):
     x, positions = normal(2, 4, H, E), np.array([[0, 1, 2, 3], [5, 900, 17, 2047]])
-    got = rotate(x, *rotary_angles(positions, frequencies(Rope(theta=theta), E, 2048)))
+    got = jax.jit(lambda x, at: rotate(x, *rotary_angles(at, frequencies(Rope(theta=theta), E, 2048))))(x, positions)
     want = [numpy_decoder.rope(x[b].astype(np.float64), positions[b], theta) for b in range(2)]
     np.testing.assert_allclose(got, want, atol=3e-4)  # an angle of 2047 is rounded to 1e-4 in float32
     np.testing.assert_allclose(got[0], want[0], atol=2e-6)

@@ -75,13 +75,18 @@ def test_no_gradient_reaches_either_law():
 
 def mean_under_training_law(sampled_from, config, f):
     """Mean of w f over draws from a law, given by logits, for the training law that LOGITS give; and that of f."""
-    noise = jax.random.uniform(jax.random.key(0), (20_000, 2))
-    logits = jnp.broadcast_to(sampled_from, (len(noise), len(LOGITS)))
-    tokens, _, sampled = draw_tokens(logits, noise, SamplerConfig(**config))
-    logps = jax.nn.log_softmax(LOGITS)[tokens][:, None]
-    free = ObjectiveConfig(correction="token_truncate", correction_max=0.0)
-    weights, _ = correction_weights(logps, sampled[:, None], jnp.ones_like(logps), free)
-    return float(jnp.mean(weights[:, 0] * f[tokens])), float(jnp.mean(f[tokens]))
+
+    @jax.jit
+    def means():
+        noise = jax.random.uniform(jax.random.key(0), (20_000, 2))
+        logits = jnp.broadcast_to(sampled_from, (len(noise), len(LOGITS)))
+        tokens, _, sampled = draw_tokens(logits, noise, SamplerConfig(**config))
+        logps = jax.nn.log_softmax(LOGITS)[tokens][:, None]
+        free = ObjectiveConfig(correction="token_truncate", correction_max=0.0)
+        weights, _ = correction_weights(logps, sampled[:, None], jnp.ones_like(logps), free)
+        return jnp.mean(weights[:, 0] * f[tokens]), jnp.mean(f[tokens])
+
+    return tuple(map(float, means()))
 
 
 LOGITS = jnp.array([1.0, 0.3, -0.2, 0.0, -2.0])

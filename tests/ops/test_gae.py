@@ -33,7 +33,7 @@ def test_rewards_by_token_are_the_penalty_and_the_outcome_at_the_last():
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (0.0, 1.0)])
 def test_generalized_advantages_against_the_sum_of_their_definition(gamma, lam):
     rewards = numpy_gae.token_rewards(REWARDS, MASK, np.full(MASK.shape, 0.01))
-    advantages, returns = gae(junk(rewards), junk(VALUES), jnp.asarray(MASK), gamma, lam)
+    advantages, returns = jax.jit(lambda *given: gae(*given, gamma, lam))(junk(rewards), junk(VALUES), MASK)
     want = numpy_gae.gae(rewards, VALUES, MASK, gamma, lam)
     np.testing.assert_allclose(advantages, want, atol=2e-6)
     np.testing.assert_allclose(returns, np.where(MASK != 0, want + VALUES, 0), atol=2e-6)
@@ -48,7 +48,7 @@ def test_advantages_and_returns_carry_no_gradient():
     def total(values):
         return sum(jnp.sum(x) for x in gae(token_rewards(REWARDS, MASK), values, jnp.asarray(MASK), 1.0, 0.9))
 
-    assert not np.asarray(jax.grad(total)(jnp.asarray(VALUES))).any()
+    assert not np.asarray(jax.jit(jax.grad(total))(jnp.asarray(VALUES))).any()
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.2, 1.0])
@@ -64,7 +64,7 @@ def test_value_loss_and_its_gradient(clip):
         losses, clipped = value_losses(values, junk(OLD), junk(RETURNS), jnp.asarray(MASK), clip)
         return jnp.sum(losses), (losses, clipped)
 
-    (_, (losses, clipped)), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(junk(far)))
+    (_, (losses, clipped)), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(junk(far)))
     np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(clipped, (bounded > (v - r) ** 2) & (MASK != 0))
@@ -72,18 +72,19 @@ def test_value_loss_and_its_gradient(clip):
 
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_where_they_count():
-    white = np.asarray(whiten(junk(VALUES), jnp.asarray(MASK)))
+    compute = jax.jit(whiten)
+    white = np.asarray(compute(junk(VALUES), MASK))
     chosen = VALUES[MASK != 0]
     np.testing.assert_allclose(white[MASK != 0], (chosen - chosen.mean()) / chosen.std(ddof=1), rtol=1e-5, atol=1e-6)
     assert not white[MASK == 0].any()
-    assert np.abs(whiten(np.full(MASK.shape, 0.1, np.float32), jnp.asarray(MASK))).max() < 1e-3, "a tie, rounded"
-    assert not np.asarray(whiten(VALUES, jnp.zeros_like(MASK))).any()
+    assert np.abs(compute(np.full(MASK.shape, 0.1, np.float32), MASK)).max() < 1e-3, "a tie, rounded"
+    assert not np.asarray(compute(VALUES, np.zeros_like(MASK))).any()
 
 
 def test_explained_variance():
     chosen = MASK != 0
     want = 1 - (RETURNS - VALUES)[chosen].var() / RETURNS[chosen].var()
-    values, returns = jnp.asarray(junk(VALUES)), jnp.asarray(junk(RETURNS))
-    assert float(explained_variance(values, returns, MASK)) == pytest.approx(want, rel=1e-4)
-    assert float(explained_variance(RETURNS, RETURNS, MASK)) == 1.0
-    assert float(explained_variance(VALUES, np.ones_like(VALUES), MASK)) == 0.0
+    compute = jax.jit(explained_variance)
+    assert float(compute(junk(VALUES), junk(RETURNS), MASK)) == pytest.approx(want, rel=1e-4)
+    assert float(compute(RETURNS, RETURNS, MASK)) == 1.0
+    assert float(compute(VALUES, np.ones_like(VALUES), MASK)) == 0.0

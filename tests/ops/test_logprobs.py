@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from grpo_jax.ops.logprobs import entropy, gather_logps, token_logps
 
 B, T, D, V = 3, 7, 5, 11
-CHUNKS = [0, 1, 2, 4, 6, 20, 100]
+CHUNKS = [0, 1, 4, 100]
 DTYPES = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -121,7 +121,8 @@ def test_bfloat16_logits_are_widened_before_the_softmax(chunk):
     hidden, parameters, targets, _ = example()
     kernel = jnp.array(parameters["kernel"], jnp.bfloat16)
     hidden = jnp.array(hidden, jnp.bfloat16)
-    logps, entropies = token_logps(hidden, lambda h: h @ kernel, jnp.array(targets), 0.5, chunk)
+    compute = jax.jit(lambda hidden, targets: token_logps(hidden, lambda h: h @ kernel, targets, 0.5, chunk))
+    logps, entropies = compute(hidden, targets)
     assert logps.dtype == entropies.dtype == jnp.float32
     logits = np.asarray((hidden @ kernel).astype(jnp.float32), np.float64) / 0.5
     want = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), targets[..., None], -1)[..., 0]

@@ -1,5 +1,6 @@
 """Held-out scores against numpy, and an evaluation that its batches cannot be seen in."""
 
+import bigram
 import numpy as np
 import pytest
 import tiny
@@ -96,7 +97,7 @@ def test_words_and_languages_are_counted():
 
 def evaluator(prompts_per_step: int) -> Evaluator:
     config = tiny.config(**{"data.prompts_per_step": prompts_per_step})
-    parts = tiny.parts(config)
+    parts = bigram.parts(config)
     prompts = build_prompt_set(tiny.ROWS, tiny.encode, 7, lambda _: {})
 
     class Spelling:
@@ -109,7 +110,7 @@ def evaluator(prompts_per_step: int) -> Evaluator:
 
 @pytest.fixture(scope="module")
 def variables() -> dict:
-    return {"params": tiny.params(tiny.architecture())}
+    return {"params": bigram.params()}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """Killed at any moment and started again, a run ends as if nobody had touched it, bit for bit."""
 
+import dataclasses
 import json
 import pathlib
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -73,20 +73,34 @@ def being_saved(folder: pathlib.Path, after: int) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def ended_run(micro, micro_run, tmp_path_factory) -> tuple[pathlib.Path, str, str]:
-    """A run that was ended seven times and then came to its end; what two of its starts said.
+def damage_newest(checkpoints: pathlib.Path) -> pathlib.Path:
+    """Cuts the end off the largest file of the newest whole checkpoint, and gives that file."""
+    newest = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    return largest
 
-    One chain instead of a run for each way to end it, because every start costs seconds.
-    """
+
+@dataclasses.dataclass
+class Ended:
+    """A run that was ended five times, what some of its starts said, and the file that was damaged before the last."""
+
+    run: pathlib.Path
+    short: str
+    asked: str
+    damaged: pathlib.Path
+    last: str
+
+
+@pytest.fixture(scope="module")
+def ended(micro, micro_run, tmp_path_factory) -> Ended:
+    """One chain instead of a run for each way to end it, because every start costs ten seconds."""
     run = tmp_path_factory.mktemp("ended") / "run"
     base, checkpoints, written = run / "base", run / "checkpoints", run / "metrics.jsonl"
     kill_when(micro, run, base.exists)  # the tokenizer is being trained
     short = micro.start(run, "--time_budget", "1s")
     kill_when(micro, run, lambda: len(lines(base / "sft" / "metrics.jsonl")) >= 3)
     assert not (base / "model").exists() and not checkpoints.exists()
-    kill_when(micro, run, (base / "model").exists)
-    assert not written.exists()
     said = len(micro.said(run))
     process = micro.popen(run)
     try:
@@ -96,11 +110,9 @@ def ended_run(micro, micro_run, tmp_path_factory) -> tuple[pathlib.Path, str, st
         process.kill()
     asked = micro.said(run)[said:]
     assert len(lines(written)) <= 2 and not (run / "after.json").exists()
-    kill_when(micro, run, lambda: len(lines(written)) >= 3)
     kill_when(micro, run, lambda: being_saved(checkpoints, after=3))
     assert any("orbax-checkpoint-tmp" in path.name for path in checkpoints.iterdir()), "killed in the middle of a save"
-    micro.start(run)
-    return run, short, asked
+    return Ended(run, short, asked, damage_newest(checkpoints), micro.start(run))
 
 
 def test_the_reference_run_really_trains(micro_run):
@@ -115,50 +127,42 @@ def test_the_reference_run_really_trains(micro_run):
     assert all((trained[name] != kept[name]).any() for name in trained), "the reference is that of step 4"
 
 
-def test_ended_and_resumed_equals_uninterrupted(micro_run, ended_run):
-    assert_same_run(ended_run[0], micro_run)
+def test_ended_and_resumed_equals_uninterrupted(micro_run, ended):
+    assert_same_run(ended.run, micro_run)
 
 
-def test_nothing_that_is_finished_is_made_again(micro, ended_run):
-    said = micro.said(ended_run[0])
+def test_nothing_that_is_finished_is_made_again(micro, ended):
+    said = micro.said(ended.run)
     assert said.count("training a SentencePiece tokenizer") in (1, 2), "twice when the first kill came before its end"
     assert said.count("evaluating before training") == 1
     assert said.count("evaluating after training") == 1
     resumed = [int(step) for step in re.findall(rf"going on after step (\d+) of {STEPS}", said)]
-    assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[0] >= 1
+    assert len(resumed) == 2 and 1 <= resumed[0] <= resumed[1]
 
 
-def test_a_time_budget_ends_the_run_cleanly(ended_run):
-    last = ended_run[1].splitlines()[-1]
+def test_a_time_budget_ends_the_run_cleanly(ended):
+    last = ended.short.splitlines()[-1]
     assert last == "stopped by the time budget before step 1 of 20. Run the same command again to go on."
 
 
-def test_sigterm_saves_exits_0_and_says_how_to_go_on(micro, ended_run):
-    run, _, said = ended_run
-    last = said.splitlines()[-1]
+def test_sigterm_saves_exits_0_and_says_how_to_go_on(micro, ended):
+    last = ended.asked.splitlines()[-1]
     found = re.fullmatch(rf"stopped by SIGTERM after step (\d) of {STEPS}; saved\. Run the same .* to go on\.", last)
     assert found, last
-    first_resume = re.search(r"going on after step (\d)", micro.said(run))
+    first_resume = re.search(r"going on after step (\d)", micro.said(ended.run))
     assert first_resume and first_resume[1] == found[1]
 
 
-def test_starts_share_compiled_programs(micro, ended_run):
+def test_starts_share_compiled_programs(micro, ended):
     assert len(list(micro.cache.glob("jit_train_step-*-cache"))) >= 1
-    compiled = [float(x) for x in re.findall(r"compiled the step in ([\d.]+) s", micro.said(ended_run[0]))]
-    assert len(compiled) == 4
+    compiled = [float(x) for x in re.findall(r"compiled the step in ([\d.]+) s", micro.said(ended.run))]
+    assert len(compiled) == 3
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(micro, micro_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(micro_run, run)
-    for name in ("after.json", "after.samples.jsonl", "summary.json", "report.html"):
-        (run / name).unlink()
-    newest = run / "checkpoints" / str(STEPS)
-    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-7])
-    said = micro.start(run)
-    (line,) = [line for line in said.splitlines() if "is damaged" in line]
-    assert str(newest) in line and largest.name in line and f"step {STEPS - 1} is used" in line
-    assert f"going on after step {STEPS - 1} of {STEPS}" in said
-    assert_same_run(run, micro_run)
-    assert (run / "summary.json").exists() and (run / "report.html").exists()
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(ended):
+    newest = next(path for path in ended.damaged.parents if path.name.isdigit())
+    (line,) = [line for line in ended.last.splitlines() if "is damaged" in line]
+    before = re.search(r"step (\d) is used", line)
+    assert str(newest) in line and ended.damaged.name in line and before and int(before[1]) < int(newest.name)
+    assert f"going on after step {before[1]} of {STEPS}" in ended.last
+    assert (ended.run / "summary.json").exists() and (ended.run / "report.html").exists()

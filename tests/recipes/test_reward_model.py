@@ -5,6 +5,7 @@ import functools
 import io
 import json
 
+import bigram
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,8 +301,8 @@ def expected(rollout: Rollout) -> np.ndarray:
 def stepped():
     """A fused step whose rewards are two reward models."""
     config = tiny.config(**{"sampler.max_new_tokens": 14, "rewards.names": ("odd",), "rewards.weights": (1.0,)})
-    parts = with_models(tiny.parts(config))
-    state = tiny.state(parts, frozen=frozen())
+    parts = with_models(bigram.parts(config))
+    state = tiny.state(parts, {"params": bigram.params()}, frozen())
     prompts = tiny.on_mesh(tiny.prompts(config), parts.mesh)
     state, metrics, rollout = Program(parts, state)(state, prompts)
     return parts, prompts, jax.device_get(state), jax.device_get(metrics), jax.device_get(rollout)
@@ -327,12 +328,12 @@ def test_the_fused_step_scores_as_the_host_does():
 def test_the_scores_do_not_depend_on_the_mesh_or_the_pieces(shape, rows):
     _, prompts, _, _, rollout = stepped()
     sizes = {"mesh.data": shape[0], "mesh.fsdp": shape[1], "mesh.tensor": shape[2], "data.prompts_per_step": 4}
-    parts = with_models(tiny.parts(tiny.config(**sizes)), micro_batch_size=rows)
+    parts = with_models(bigram.parts(tiny.config(**sizes)), micro_batch_size=rows)
     rollout = rollout.replace(scores=None, advantages=None)
     prompts = jax.device_get(prompts)
     given = tiny.on_mesh(rollout, parts.mesh)
     score = jax.jit(lambda rollout, given: parts.scorer.score(prompts, rollout, given))
-    scores = score(given, tiny.state(parts, frozen=frozen()).frozen[COLLECTION])
+    scores = score(given, tiny.state(parts, {"params": bigram.params()}, frozen()).frozen[COLLECTION])
     np.testing.assert_allclose(scores.values, expected(rollout), atol=2e-5)
     staged = parts.scorer.score_on_host(prompts, rollout, lambda *_: (scores.values, scores.valid))
     np.testing.assert_array_equal(staged.values, scores.values)

@@ -165,7 +165,7 @@ def test_attacks_do_nothing_and_end_in_time(pool, tmp_path):
     inputs = {"completions": completions, "answer": ["12345.678"] * len(completions)}
     logged = {}
     begin = time.monotonic()
-    scores = MathReward(pool, 1.5, 60.0)(**inputs, log_extra=logged.__setitem__, log_metric=logged.__setitem__)
+    scores = MathReward(pool, 0.5, 60.0)(**inputs, log_extra=logged.__setitem__, log_metric=logged.__setitem__)
     assert time.monotonic() - begin < 120 and scores == [0.0] * len(completions)
     assert not canary.exists() and len(pool.pids()) <= 2
     for name, twin in TEXT_REWARDS.items():

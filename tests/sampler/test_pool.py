@@ -245,7 +245,10 @@ class Judge:
         return [0.0 if p in ties else sum(ids) / 50 for p, ids in zip(prompts, completion_ids, strict=True)]
 
 
-@pytest.mark.parametrize(("mode", "data"), [("fused", 2), pytest.param("staged", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("mode", "data"),
+    [("fused", 1), *(pytest.param(*other, marks=pytest.mark.slow) for other in (("fused", 2), ("staged", 1)))],
+)
 def test_host_rewards_inside_the_loop(mode, data):
     config = tiny.config(
         **{**FIELDS, "data.pool_factor": 2, "rewards.names": ("referee",), "step.mode": mode, "mesh.data": data}

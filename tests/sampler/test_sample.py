@@ -18,7 +18,7 @@ from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import EVALUATION, TRAINING, draw_completions, noise_key, occupancy
 
-ARCHITECTURE = tiny.architecture()
+ARCHITECTURE = tiny.architecture(layers=1)
 PARAMS = tiny.params(ARCHITECTURE)
 N, G, T = 3, 3, 6
 CONFIG = SamplerConfig(group_size=G, max_new_tokens=T)
@@ -37,11 +37,14 @@ def draw(prompts=PROMPTS, key=KEY):
     return jax.device_get(compiled()(prompts, key))
 
 
+@functools.cache
+def compiled_bigram(config, end_ids, module):
+    return jax.jit(lambda prompts, key: sample(module, {"params": bigram.params()}, prompts, key, config, end_ids))
+
+
 def draw_bigram(config, prompts=PROMPTS, key=KEY, end_ids=tiny.END_IDS, module=None):
     """A rollout of the bigram table on the host."""
-    module = module or bigram.Bigram()
-    run = jax.jit(lambda prompts: sample(module, {"params": bigram.params()}, prompts, key, config, end_ids))
-    return jax.device_get(run(prompts))
+    return jax.device_get(compiled_bigram(config, end_ids, module or bigram.Bigram())(prompts, key))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +126,8 @@ def test_positions_and_keys_give_noise_of_their_own():
     np.testing.assert_array_equal(row_noise(KEY, jnp.array([4]), 2, 5), noise[2:])
     np.testing.assert_array_equal(row_noise(KEY, jnp.array([3, 4]), 2, 3), noise[:, :3])
     logits = jnp.zeros((4, 1000))
-    tokens = [np.asarray(draw_tokens(logits, noise[:, p], CONFIG)[0]) for p in range(5)]
+    drawn = jax.jit(lambda noise: draw_tokens(logits, noise, CONFIG)[0])
+    tokens = [np.asarray(drawn(noise[:, p])) for p in range(5)]
     assert len(np.unique(tokens)) > 15  # of 20; equal noise anywhere would leave few
 
 
@@ -173,7 +177,8 @@ def test_truncation_against_numpy(top_k, top_p, min_p):
     logits[20:30][random.random((10, 11)) < 0.4] = -np.inf
     logits[30:] = logits[30:, :1]  # all equal
     logits[20:, 0] = np.maximum(logits[20:, 0], 0)
-    got = np.asarray(truncate(jnp.asarray(logits), SamplerConfig(top_k=top_k, top_p=top_p, min_p=min_p)))
+    config = SamplerConfig(top_k=top_k, top_p=top_p, min_p=min_p)
+    got = np.asarray(jax.jit(lambda logits: truncate(logits, config))(logits))
     want = np.stack([numpy_truncate(row, min(top_k, 11), top_p, min_p) for row in logits])
     np.testing.assert_array_equal(np.isfinite(got), want)
     np.testing.assert_array_equal(got[want], logits[want])
@@ -209,7 +214,7 @@ def test_frequencies_are_those_of_the_law(temperature, top_k):
     count, logits = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
     config = SamplerConfig(temperature=temperature, top_k=top_k)
     noise = row_noise(KEY, jnp.arange(count // 4), 4, 3)[:, 2]
-    tokens, _, sampled = draw_tokens(jnp.tile(logits, (count, 1)), noise, config)
+    tokens, _, sampled = jax.jit(lambda *given: draw_tokens(*given, config))(jnp.tile(logits, (count, 1)), noise)
     law = np.exp(logits / temperature) * numpy_truncate(logits, top_k, 1.0)
     law /= law.sum()
     got = np.bincount(np.asarray(tokens), minlength=6)
@@ -228,7 +233,7 @@ def test_a_token_is_the_one_whose_share_of_its_block_and_of_all_the_noise_falls_
     logits[:, -1] = 1.0
     noise = random.random((200, 2)).astype(np.float32)
     noise[:20], noise[20:40] = 0.0, np.float32(1 - 2**-24)  # the ends of what a uniform number may be
-    tokens, logps, _ = (np.asarray(x) for x in draw_tokens(jnp.asarray(logits), jnp.asarray(noise), CONFIG))
+    tokens, logps, _ = (np.asarray(x) for x in jax.jit(lambda *given: draw_tokens(*given, CONFIG))(logits, noise))
     width = 2 ** int(np.ceil(np.log2(vocabulary) / 2))
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
@@ -331,7 +336,7 @@ def first_come(lengths, slots):
     return max(free)
 
 
-@pytest.mark.parametrize(("slots", "weight"), [(1, 1), (5, 1), (6, 0), (16, 1), (23, 1)])
+@pytest.mark.parametrize(("slots", "weight"), [(1, 1), (5, 1), (6, 0), (23, 1)])
 def test_refilled_slots_draw_the_tokens_of_rows_of_their_own(slots, weight):
     prompts = PROMPTS.replace(weight=np.array([1, weight, 1], np.float32))
     want = draw_bigram(LONG, prompts, end_ids=ENDS)
@@ -342,9 +347,8 @@ def test_refilled_slots_draw_the_tokens_of_rows_of_their_own(slots, weight):
     assert not want.started.any() and (slots == 23 or got.started.any())  # 23: a first token may have ended a row
 
 
-@pytest.mark.parametrize("slots", [2, 4])
-def test_refilled_slots_of_the_decoder_draw_its_tokens(slots, base):
-    config = dataclasses.replace(CONFIG, slots=slots)
+def test_refilled_slots_of_the_decoder_draw_its_tokens(base):
+    config = dataclasses.replace(CONFIG, slots=4)
     module, variables = Decoder(ARCHITECTURE, scanned=False), unstack({"params": PARAMS}, ARCHITECTURE)
     run = jax.jit(lambda prompts: sample(module, variables, prompts, KEY, config, tiny.END_IDS))
     got = jax.device_get(run(PROMPTS))
