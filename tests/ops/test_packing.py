@@ -15,6 +15,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.packing import (
     EMPTY,
+    SharedPrefix,
     gather_groups,
     move,
     pack_groups,
@@ -109,6 +110,21 @@ def batch():
     return lengths, prompt_lengths, prompts, tokens
 
 
+def test_columns_in_chunks_hold_a_part_of_every_prompt_and_row():
+    random = np.random.default_rng(1)
+    prompts, rows = random.normal(size=(2, 3, 4, 5)), random.normal(size=(2, 2, 6, 5))
+    ids = [np.ones(x.shape[:3], np.int32) for x in (prompts, rows)]
+    for chunks in (1, 2):
+        pack = SharedPrefix(ids[0], ids[1], ids[1], chunks)
+        laid = np.asarray(pack.lay(prompts, rows))
+        assert laid.shape == (2, 3 * 4 + 2 * 6, 5)
+        for first, back in zip((prompts, rows), pack.cut(laid), strict=True):
+            np.testing.assert_array_equal(back, first.astype(np.float32))
+    halves = laid.reshape(2, 2, -1, 5)
+    np.testing.assert_allclose(halves[:, 0, :6], prompts[:, :, :2].reshape(2, 6, 5))
+    np.testing.assert_allclose(halves[:, 1, 6:], rows[:, :, 3:].reshape(2, 6, 5))
+
+
 @functools.cache
 def oracle():
     lengths, prompt_lengths, prompts, tokens = batch()
@@ -131,8 +147,8 @@ def packed_logps(params, architecture, shared, weight):
     width = T if shared else P + T
     sizes = lengths if shared else jnp.where(lengths > 0, lengths + prompt_lengths[..., None], 0)
     packing = pack_groups(sizes, ROWS, width, PROMPTS)
-    made = []
-    for i in range(tokens.shape[1]):
+
+    def one(i):
         index = pack_index(packing, sizes, i, (PROMPTS, ROWS, width))
         own = gather_groups((prompts, prompt_lengths, tokens), index.groups)
         if shared:
@@ -142,8 +158,9 @@ def packed_logps(params, architecture, shared, weight):
         hidden = module.apply({"params": params}, pack.tokens, pack.positions, pack.segments)
         logits = functools.partial(module.apply, {"params": params}, method="logits")
         logps, _ = token_logps(pack.predictions(hidden), logits, pack.targets)
-        made.append(move(logps, pack.rows, pack.back))
-    stored = jnp.stack(made)
+        return move(logps, pack.rows, pack.back)
+
+    stored = jax.lax.map(one, jnp.arange(tokens.shape[1]))
     by_group = jax.vmap(lambda s, k, n: s[k, n], (1, 0, 0))(stored, packing.pack, packing.slot)
     real = (jnp.arange(T) < lengths[..., None]) & (lengths.any(2) > 0)[..., None, None]
     by_group = jnp.where(real, by_group, 0).reshape(D, N, G, T)
