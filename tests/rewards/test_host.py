@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import make_mesh
 from grpo_jax.rewards.host import HostRewards, Progress, decoded, score_in_program
 from grpo_jax.rewards.pool import Pool, Pooled
 
@@ -41,7 +43,7 @@ def one_call(host):
 
 def make_mesh(shape):
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return make_mesh(MeshConfig(*shape), devices)
 
 
 @pytest.mark.parametrize("shape", MESHES)
