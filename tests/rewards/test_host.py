@@ -41,7 +41,7 @@ def one_call(host):
     return host.call(*(part[:4] for part in batch()))
 
 
-def make_mesh(shape):
+def mesh_of(shape):
     devices = jax.devices()[: int(np.prod(shape))]
     return make_mesh(MeshConfig(*shape), devices)
 
@@ -57,7 +57,7 @@ def test_each_completion_is_scored_once_on_every_mesh(shape):
     def level(completions, level):
         return [None if x == 3 else x for x in level]
 
-    host, mesh = host_of(length, level), make_mesh(shape)
+    host, mesh = host_of(length, level), mesh_of(shape)
     over_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     row, tokens, lengths = batch()
 
@@ -152,7 +152,7 @@ def test_a_bad_reward_in_one_shard_does_not_hang_the_program(shape, kind):
             return raises(completions) if kind == "raises" else hangs(completions)
         return [1.0] * len(completions)
 
-    host, mesh = host_of(bad_at_row_0, timeout=0.2), make_mesh(shape)
+    host, mesh = host_of(bad_at_row_0, timeout=0.2), mesh_of(shape)
     begin = time.perf_counter()
     program = jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))
     values, valid, failed = jax.device_get(program(*batch()))
