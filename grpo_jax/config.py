@@ -478,7 +478,7 @@ class MeshConfig:
     )
     offload: str = option(
         "none",
-        "what lies in the host's memory between its uses: the optimizer's state, the reference's parameters",
+        "what lies in the host's memory between its uses: the optimizer's state, the parameters of GRPO's reference",
         ("none", "optimizer", "reference", "both"),
     )
 

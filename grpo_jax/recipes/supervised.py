@@ -37,7 +37,10 @@ from grpo_jax.models.lora import ADAPTERS, fingerprint, merge, split_variables
 from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import (
+    check_offload,
+    in_host_memory,
     make_mesh,
+    moved,
     place,
     put_rows,
     replicated,
@@ -81,13 +84,18 @@ def supervised_program(
     def make(trainable: Any) -> SupervisedState:
         return SupervisedState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
 
+    away = config.mesh.offload in ("optimizer", "both")
     shapes = jax.eval_shape(make, trainable)
     layout = shardings(shapes, mesh)
+    if away:
+        layout = layout.replace(opt_state=in_host_memory(shapes.opt_state, layout.opt_state))
 
     def step(fixed: Any, state: SupervisedState, batch: Any) -> tuple[SupervisedState, dict[str, Mean], None]:
         with jax.default_matmul_precision(config.model.matmul_precision):
             gradient, means = jax.grad(loss, has_aux=True)(state.trainable, fixed, batch)
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+            before = moved(state.opt_state, mesh, to_host=False) if away else state.opt_state
+            changes, opt_state = optimizer.update(gradient, before, state.trainable)
+            opt_state = moved(opt_state, mesh, to_host=True) if away else opt_state
         means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
         changed = optax.apply_updates(state.trainable, changes)
         return SupervisedState(step=state.step + 1, trainable=changed, opt_state=opt_state), means, None
@@ -160,6 +168,7 @@ def open_model(config: Config, options: Options, name: str) -> tuple[LoadedModel
     if not config.model.path:
         raise InputError("config: model.path='' names no model to train")
     mesh = make_mesh(config.mesh)
+    check_offload(config.mesh.offload, mesh)
     if options.batch_size % row_shards(mesh):
         raise InputError(
             f"config: {name}.batch_size={options.batch_size} must divide by the {row_shards(mesh)} devices of "

@@ -304,13 +304,13 @@ def test_rewards_run_one_at_a_time():
         inside.pop()
         return [0.0] * len(completions)
 
-    host, mesh = host_of(counts), make_mesh((8, 1, 1))
+    host, mesh = host_of(counts), mesh_of((8, 1, 1))
     jax.block_until_ready(jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))(*batch()))
     assert len(most) == 8 and max(most) == 1
 
 
 def test_large_batches_do_not_deadlock():
-    host, mesh = host_of(lambda completions: [1.0] * len(completions)), make_mesh((8, 1, 1))
+    host, mesh = host_of(lambda completions: [1.0] * len(completions)), mesh_of((8, 1, 1))
     host.decode = lambda ids: ""
     tokens = np.zeros((64, 16384), np.int32)
     program = jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))
