@@ -71,7 +71,7 @@ def training_batch(rollout: Rollout, mask_truncated: bool) -> TrainingBatch:
 @dataclasses.dataclass(frozen=True)
 class PackShape:
     """The static shape of packs on each of `parts` devices: `rows` rows of T tokens (P + T where prompts are not
-    shared), `prompts` groups of `group` completions.
+    shared), `prompts` groups of `group` completions. Each lies over `chunks` devices, by columns.
     """
 
     parts: int
@@ -79,14 +79,16 @@ class PackShape:
     rows: int
     prompts: int
     shared: bool
+    chunks: int = 1
 
 
-def pack_shape(config: Config, parts: int) -> PackShape:
-    """The shape that a config asks for."""
+def pack_shape(config: Config, parts: int, chunks: int = 1) -> PackShape:
+    """The shape that a config asks for, for gradient passes on `parts` x `chunks` devices."""
     shared, size = config.train.share_prefix, config.sampler.group_size
     group = size if shared else 1
     rows = max(math.ceil(config.objective.micro_batch_size / parts), group)
-    return PackShape(parts, group, rows, config.train.pack_prompts or (rows // group if shared else 4 * rows), shared)
+    prompts = config.train.pack_prompts or (rows // group if shared else 4 * rows)
+    return PackShape(parts, group, rows, prompts, shared, chunks)
 
 
 def split(batch: Any, minibatches: int, shape: PackShape) -> Any:
@@ -122,7 +124,7 @@ class Packs(flax.struct.PyTreeNode):
         held = held.replace(mask=held.mask * real[..., None], weight=held.weight * real)
         prompts, prompt_lengths = held.prompt_tokens[:, :, 0], held.prompt_lengths[:, :, 0]
         if self.shape.shared:
-            pack = shared_pack(prompts, prompt_lengths, held.tokens, index)
+            pack = shared_pack(prompts, prompt_lengths, held.tokens, index, self.shape.chunks)
         else:
             sequences = plain_sequences(prompts, prompt_lengths, held.tokens)
             pack = plain_pack(sequences, prompt_lengths, held.tokens.shape[-1], index)

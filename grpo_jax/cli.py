@@ -380,11 +380,14 @@ def check_command(words: list[str]) -> None:
         load_config(overrides)
 
 
+LAUNCHED = ("train", "sft", "dpo", "sweep", "reward-model", "eval", "reject")  # what several processes can do as one
+
+
 def run_launch(options: argparse.Namespace, command: list[str]) -> int:
     """`grpo-jax launch`."""
     from grpo_jax.launcher import launch
 
-    if not command or command[0] not in ("train", "sft", "dpo", "sweep", "reward-model"):
+    if not command or command[0] not in LAUNCHED:
         raise InputError("launch: what is to be started comes after --: grpo-jax launch --processes 8 -- train ...")
     given = (options.processes, options.nodes, options.node, options.coordinator, options.restarts)
     return launch([sys.executable, "-m", "grpo_jax.cli", *command], *given, dict(os.environ))
@@ -442,7 +445,9 @@ def add_drawing_options(made: argparse.ArgumentParser, temperature: float, top_p
     add("--fsdp", type=int, default=1, help="devices that parameters are split over (default: 1)")
     add("--tensor", type=int, default=1, help="devices that each layer is split over (default: 1)")
     add("--sandbox", default="bubblewrap", choices=("bubblewrap", "monty"), help="where programs run")
+    add("--expert", type=int, default=1, help="devices that the experts of routed layers are split over (default: 1)")
     add("--rescore", action="store_true", help="grade the kept completions anew")
+    _add_place(made)
     add_judge_options(made)
 
 
@@ -585,13 +590,13 @@ def _by_name(options: argparse.Namespace, option: str) -> dict[str, str]:
 def _settings(options: argparse.Namespace, overrides: list[str], command: str, **more: Any) -> Any:
     if overrides:
         raise InputError(f"{overrides[0]}: {command} has options of its own: see grpo-jax {command} --help")
-    _set_up_jax(configs.Config())
+    _set_up_jax(configs.Config(), options)
     from grpo_jax.recipes.benchmark import Settings
 
     own = {field.name for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in own}
     given |= {"sets": tuple(options.sets), "end_tokens": tuple(options.end_token)}
-    given["mesh"] = configs.MeshConfig(fsdp=options.fsdp, tensor=options.tensor)
+    given["mesh"] = configs.MeshConfig(fsdp=options.fsdp, tensor=options.tensor, expert=options.expert)
     return Settings(**given, **judges_of(options), code=configs.CodeConfig(sandbox=options.sandbox), **more)
 
 
@@ -615,13 +620,16 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     from grpo_jax.chips import parse_topology
     from grpo_jax.models.abstract import architecture_of, with_model
+    from grpo_jax.recipes.mesh import for_topology
     from grpo_jax.recipes.plan import describe_plan, plan
 
     topology = parse_topology(options.devices)
     _, config = _config(options, overrides)
     config = with_model(config, options.model) if options.model else config
-    found = plan(config, architecture_of(config), topology)
-    print("\n".join(describe_plan(found, config, topology)))
+    architecture = architecture_of(config)
+    config, said = for_topology(config, architecture, topology)
+    found = plan(config, architecture, topology)
+    print("\n".join([*said, *describe_plan(found, config, topology)]))
     return 0 if found.memory.total <= topology.chip.memory else 1
 
 
@@ -633,17 +641,19 @@ def run_compile(options: argparse.Namespace, overrides: list[str]) -> int:
     os.environ.update(environment(topology, os.environ))  # before jax is imported
     from grpo_jax.models.abstract import architecture_of, with_model
     from grpo_jax.recipes.compile import as_json, compile_step, lines
+    from grpo_jax.recipes.mesh import for_topology
 
     _, config = _config(options, overrides)
     config = with_model(config, options.model) if options.model else config
     architecture = architecture_of(config)
+    config, said = for_topology(config, architecture, topology)
     report, text = compile_step(config, architecture, topology)
     if options.hlo and text:
         pathlib.Path(options.hlo).write_text(text)
     if options.json:
         print(json.dumps(as_json(report)))
     else:
-        print("\n".join(lines(report, config, architecture, topology)))
+        print("\n".join([*said, *lines(report, config, architecture, topology)]))
     return 0 if report.fits else 1
 
 

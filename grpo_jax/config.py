@@ -28,6 +28,9 @@ def option(default: Any, doc: str, choices: tuple = ()) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices})
 
 
+REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "offload_dot_with_no_batch_dims")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which model is trained, and in which number formats."""
@@ -46,7 +49,12 @@ class ModelConfig:
     matmul_precision: str = option(
         "highest", "jax_default_matmul_precision of every program", ("default", "high", "highest")
     )
-    remat: str = option("none", "what the backward recomputes: none, or all of each layer", ("none", "full"))
+    remat: str = option(
+        "none",
+        "what the backward recomputes: nothing, all of each layer (full), or all that the policy of this name in "
+        "jax.checkpoint_policies does not keep; offload_... keeps it in the host's memory",
+        ("none", "full", *REMAT_POLICIES),
+    )
     logits_chunk: int = option(0, "positions whose logits exist at once in training; 0: all that a micro-batch has")
 
 
@@ -457,10 +465,21 @@ class MeshConfig:
     data: int = option(-1, "rows are split over it, parameters are copied")
     fsdp: int = option(1, "rows are split over it, and parameters too")
     tensor: int = option(1, "heads and MLP columns are split over it")
+    expert: int = option(1, "rows are split over it, and the experts of routed layers; other parameters are copied")
+    sequence: int = option(1, "tokens of a gradient pass are split over it, in sampling rows; parameters are copied")
+    auto: bool = option(
+        False,
+        "the run picks the sizes by devices, their memory and the model, and says why; leave the axes alone",
+    )
     sampling: str = option(
         "same",
-        "layout of the sampling parameters: as trained, tensor axis only, copied",
+        "layout of the sampling parameters: as trained, not over fsdp, copied",
         ("same", "tensor", "replicated"),
+    )
+    offload: str = option(
+        "none",
+        "what lies in the host's memory between its uses: the optimizer's state, the parameters of GRPO's reference",
+        ("none", "optimizer", "reference", "both"),
     )
 
 
@@ -891,10 +910,12 @@ def validate(config: Config, source: str = "config") -> None:
         require(False, "lora.targets", f"is no regular expression ({error})")
     if c.train.time_budget:
         parse_duration(c.train.time_budget, f"{source}: train.time_budget")
-    sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    require(sizes.count(-1) <= 1, "mesh.data", "and another axis are both -1: at most one may be")
-    for axis in ("data", "fsdp", "tensor"):
-        require(getattr(c.mesh, axis) == -1 or getattr(c.mesh, axis) >= 1, f"mesh.{axis}", "must be -1 or at least 1")
+    sizes = {axis: getattr(c.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert", "sequence")}
+    require(list(sizes.values()).count(-1) <= 1, "mesh.data", "and another axis are both -1: at most one may be")
+    for axis, size in sizes.items():
+        require(size == -1 or size >= 1, f"mesh.{axis}", "must be -1 or at least 1")
+        default = getattr(MeshConfig(), axis)
+        require(not c.mesh.auto or size == default, f"mesh.{axis}", f"is picked by mesh.auto=True: leave it {default}")
     require(
         c.data.source in ("arithmetic", "memory") or bool(c.data.sets) or bool(c.data.path),
         "data.path",

@@ -1,27 +1,36 @@
 """Devices, and which array lies on which: one mesh, one table of rules from parameter paths to axes."""
 
 import ctypes
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Int
 
-from grpo_jax.config import Config, MeshConfig, cache_folder
+from grpo_jax.config import Config, MeshConfig, cache_folder, value_of
 from grpo_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # how batches are split: over both axes, by rows
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+ROW_AXES = AXES[:4]  # how batches are split, by rows; they come first in a mesh
+PACK_AXES = AXES[:3]  # how packs of a gradient pass are split; a pack's columns lie over "sequence"
+ROWS = PartitionSpec(ROW_AXES)
+# Axes over which the weights of sampling are not split, by mesh.sampling.
+SAMPLING_DROPS = {"same": (), "tensor": ("fsdp",), "replicated": ("fsdp", "expert", "tensor")}
+HOST = "pinned_host"
 
 # Path pattern -> mesh axes of the last dimensions (a leading layer axis is never split).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"(^|/)head/kernel$", ("fsdp", "tensor")),
+    (r"experts_(gate|up)/kernel$", ("expert", "fsdp", "tensor")),
+    (r"experts_down/kernel$", ("expert", "tensor", "fsdp")),
     (r"(router|latent)/kernel$", ("fsdp", None)),  # narrow; latents are whole on every device, as their norm needs
     (r"(query|key|value|gate|up)/bias$", ("tensor",)),
     (r"(query|key|value|gate|up)/kernel$", ("fsdp", "tensor")),
@@ -36,7 +45,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor; -1 takes the devices that are left.
+    """A mesh with AXES; -1 takes the devices that are left.
 
     Raises InputError when the sizes do not multiply to the device count.
     """
@@ -57,44 +66,47 @@ def lay_out(sizes: tuple[int, ...], slices: int, devices: Sequence[Any]) -> Mesh
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of data, fsdp, tensor; raises InputError when they do not multiply to the device count."""
+    """Sizes in the order of AXES; raises InputError when they do not multiply to the device count."""
+    if config.auto:
+        raise InputError("config: mesh.auto=True: this command picks no sizes: set mesh.auto=False and the axes")
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = max(devices // known, 1)
     if int(np.prod(list(sizes.values()))) != devices:
-        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        told = {axis: size for axis, size in sizes.items() if size != 1 or axis not in ("expert", "sequence")}
+        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in told.items())
         raise InputError(f"config: {shape} is not the {devices} devices there are; -1 takes what is left")
     return tuple(sizes.values())
 
 
 def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raises InputError when prompts, micro-batches or supervised rows do not split over the devices."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    prompts = config.data.prompts_per_step
-    if prompts % shards:
-        raise InputError(
-            f"config: data.prompts_per_step={prompts} must divide by the {shards} devices of mesh.data x mesh.fsdp"
-        )
-    if config.sampler.slots % shards:
-        raise InputError(
-            f"config: sampler.slots={config.sampler.slots} must divide by the {shards} devices of mesh.data x mesh.fsdp"
-        )
+    """Raises InputError when prompts, micro-batches, columns or supervised rows do not split over the devices."""
+    shards, named = row_shards(mesh), row_axes(mesh)
     base, cold = config.base.sft.batch_size, config.cold_start.sft.batch_size
-    made = [("base", base)] * (not config.model.path) + [("cold_start", cold)] * config.cold_start.enabled
-    for name, rows in made:
+    split = [("data.prompts_per_step", config.data.prompts_per_step), ("sampler.slots", config.sampler.slots)]
+    split += [("base.sft.batch_size", base)] * (not config.model.path)
+    split += [("cold_start.sft.batch_size", cold)] * config.cold_start.enabled
+    for name, rows in split:
         if rows % shards:
-            raise InputError(
-                f"config: {name}.sft.batch_size={rows} must divide by the {shards} devices of mesh.data x mesh.fsdp"
-            )
-    shared = config.train.share_prefix
-    parts, what = (prompts, "prompts") if shared else (config.completions, "completions")
+            raise InputError(f"config: {name}={rows} must divide by the {shards} devices of {named}")
+    columns = mesh.shape["sequence"]
+    for name in ("data.max_prompt_length", "sampler.max_new_tokens"):
+        if value_of(config, name) % columns:
+            raise InputError(f"config: {name}={value_of(config, name)} must divide by mesh.sequence={columns}")
+    shared, shards = config.train.share_prefix, pack_shards(mesh)
+    parts, what = (config.data.prompts_per_step, "prompts") if shared else (config.completions, "completions")
     if parts // shards % config.objective.minibatches:
         raise InputError(
             f"config: objective.minibatches={config.objective.minibatches} must divide the {parts // shards} {what} of "
-            f"each of the {shards} devices of mesh.data x mesh.fsdp"
+            f"each of the {shards} devices of {row_axes(mesh, PACK_AXES)}"
         )
+
+
+def row_axes(mesh: Mesh | AbstractMesh, axes: tuple[str, ...] = ROW_AXES) -> str:
+    """The axes that rows are split over, as errors name them."""
+    return " x ".join(f"mesh.{axis}" for axis in axes if axis in ("data", "fsdp") or mesh.shape[axis] > 1)
 
 
 def path_name(path: tuple) -> str:
@@ -117,6 +129,18 @@ def partition_spec(
     return PartitionSpec()
 
 
+def axes_text(path: str, shape: tuple[int, ...], mesh: Mesh) -> str:
+    """What each dimension of a leaf is split over, '-' where it is whole; '' for a leaf that is copied."""
+    spec = partition_spec(path, shape, mesh)
+    names = [axis if isinstance(axis, str) and mesh.shape[axis] > 1 else "-" for axis in spec]
+    return " x ".join(names) if set(names) - {"-"} else ""
+
+
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
+    """The axes that have several devices: 'data=2 x fsdp=4'."""
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+
+
 def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
     """NamedShardings of a tree of parameters, or of anything whose paths end alike (optimizer state)."""
 
@@ -126,9 +150,42 @@ def shardings(tree: Any, mesh: Mesh, drop: tuple[str, ...] = ()) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def row_shards(mesh: Mesh) -> int:
+def in_host_memory(tree: Any, layout: Any) -> Any:
+    """The layout with arrays in the host's memory; scalars stay where they are."""
+    return jax.tree.map(lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, tree, layout)
+
+
+def moved(tree: Any, mesh: Mesh, to_host: bool) -> Any:
+    """The tree in the host's memory, or in the devices'; a copy inside a program."""
+    layout = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings(tree, mesh))
+    return jax.device_put(tree, in_host_memory(tree, layout) if to_host else layout)
+
+
+def check_offload(offload: str, mesh: Mesh) -> None:
+    """Raises InputError where `mesh.offload` asks for a memory that the devices' backend cannot use in programs."""
+    if offload == "none":
+        return
+    device = mesh.local_devices[0]
+    problem = "" if HOST in {memory.kind for memory in device.addressable_memories()} else f"have no {HOST} memory"
+    if not problem:
+        there, here = (SingleDeviceSharding(device, memory_kind=kind) for kind in (HOST, "device"))
+        try:
+            held = jax.device_put(jnp.zeros(1), there)
+            jax.jit(lambda x: jax.device_put(jax.device_put(x, here) + 1, there), out_shardings=there)(held)
+        except jax.errors.JaxRuntimeError as error:
+            problem = f"cannot use {HOST} memory in a program ({str(error).splitlines()[0]})"
+    if problem:
+        raise InputError(f"config: mesh.offload={offload!r}: {device.device_kind} devices {problem}: set it to none")
+
+
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many parts rows are split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def pack_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the rows of gradient passes are split into, each on as many devices as `sequence` has."""
+    return math.prod(mesh.shape[axis] for axis in PACK_AXES)
 
 
 def place(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
@@ -157,7 +214,7 @@ def place(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over data and fsdp."""
+    """Rows split over ROW_AXES."""
     return NamedSharding(mesh, ROWS)
 
 
@@ -207,6 +264,35 @@ def whole(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(gathered, tree))
 
 
+def constrain_packs(x: jax.Array, mesh: Mesh, columns: bool = True) -> jax.Array:
+    """[D, X, ...] with parts over PACK_AXES and, with `columns`, their columns over sequence."""
+    spec = PartitionSpec(PACK_AXES, "sequence" if columns else None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def spread_columns(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """[D, Q, ...] as [D * n, Q / n, ...] on the n devices of sequence, zeros at the end where n does not divide Q."""
+    n = mesh.shape["sequence"]
+    if n == 1:
+        return x
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % n)] + [(0, 0)] * (x.ndim - 2))
+    return constrain_rows(x.reshape(x.shape[0] * n, -1, *x.shape[2:]), mesh)
+
+
+def gather_columns(x: jax.Array, shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
+    """The inverse of `spread_columns` for [D, Q] of this shape, whole on the devices of sequence."""
+    if mesh.shape["sequence"] == 1:
+        return x
+    return constrain_packs(x.reshape(shape[0], -1)[:, : shape[1]], mesh, columns=False)
+
+
+def splits_columns(mesh: Mesh | None, shape: tuple[int, ...]) -> bool:
+    """Whether activations [B, S, ...] of a gradient pass have their columns over the mesh's axis sequence."""
+    if mesh is None or mesh.shape["sequence"] == 1:
+        return False
+    return shape[0] % pack_shards(mesh) == 0 and shape[1] % mesh.shape["sequence"] == 0
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -219,11 +305,10 @@ def constrain_rows(tree: Any, mesh: Mesh) -> Any:
 
 @jax.named_scope("sampling")
 def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
-    """Parameters in the layout that sampling wants: as trained, split over tensor alone, or copied."""
+    """Parameters in the layout that sampling wants: as trained, not over fsdp, or copied."""
     if sampling == "same":
         return variables
-    drop = ("fsdp",) if sampling == "tensor" else ("fsdp", "tensor")
-    return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, drop))
+    return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, SAMPLING_DROPS[sampling]))
 
 
 def set_up_process(compilation_cache: str) -> None:

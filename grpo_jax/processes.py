@@ -3,6 +3,7 @@
 All of them run the same host code in the same order; jax.distributed connects them and ends them when one is lost.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -26,7 +27,9 @@ T = TypeVar("T")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 METADATA = "metadata.google.internal"
 POLL_MS = 5000  # a wait is cut into such pieces, or signals would wait as long
+PIECE = 1 << 20  # characters of a message through the coordinator
 _rounds = itertools.count()
+_told: collections.deque[str] = collections.deque()  # names of this process' last exchanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,11 @@ def number() -> int:
     return jax.process_index()
 
 
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
 def exchange(value: Any) -> list[Any]:
     """What every process gives here, in order of their numbers; JSON values.
 
@@ -155,8 +163,26 @@ def exchange(value: Any) -> list[Any]:
         return [value]
     client, name = jax_distributed.global_state.client, f"grpo_jax/exchange/{next(_rounds)}"
     assert client is not None
-    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(_wait_for(client, f"{name}/{number}")) for number in range(jax.process_count())]
+    _tell(client, f"{name}/{jax.process_index()}", json.dumps(value))
+    found = [json.loads(_wait_for_pieces(client, f"{name}/{number}")) for number in range(jax.process_count())]
+    # Whoever gave something here had read all of the exchange before.
+    if len(_told) == 2:
+        client.key_value_delete(_told.popleft())
+    _told.append(f"{name}/{jax.process_index()}")
+    return found
+
+
+def _tell(client: Any, name: str, text: str) -> None:
+    """Gives a text to the others, in pieces that the coordinator takes."""
+    pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+    for number, piece in enumerate(pieces):
+        client.key_value_set(f"{name}/{number}", f"{len(pieces)}|{piece}")
+
+
+def _wait_for_pieces(client: Any, name: str) -> str:
+    """A text that was given in pieces."""
+    count, _, text = _wait_for(client, f"{name}/0").partition("|")
+    return text + "".join(_wait_for(client, f"{name}/{i}").partition("|")[2] for i in range(1, int(count)))
 
 
 def on_first(work: Callable[[], T]) -> T:
@@ -171,9 +197,9 @@ def on_first(work: Callable[[], T]) -> T:
             told = {"value": work()}
         except InputError as error:
             told = {"error": str(error)}
-        client.key_value_set(name, json.dumps(told))
+        _tell(client, name, json.dumps(told))
     else:
-        told = json.loads(_wait_for(client, name))
+        told = json.loads(_wait_for_pieces(client, name))
     if "error" in told:
         raise InputError(told["error"])
     return told["value"]

@@ -19,10 +19,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.batches import TrainingBatch, by_row, join, loop, make_packs, pack_shape, split, training_batch
+from grpo_jax.batches import PackShape, TrainingBatch, by_row, join, loop, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
 from grpo_jax.models.decoder import DecoderModule, unstack
@@ -36,13 +36,19 @@ from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy
 from grpo_jax.ops.packing import Pack
 from grpo_jax.optimizer import move_routing_biases, split_routing_biases
 from grpo_jax.parallel import (
+    PACK_AXES,
     constrain_rows,
+    gather_columns,
+    in_host_memory,
+    moved,
+    pack_shards,
     path_name,
     replicated,
     row_sharding,
     row_shards,
     sampling_layout,
     shardings,
+    spread_columns,
 )
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
@@ -153,8 +159,32 @@ def init_state(
         return TrainState(zero, zero, zero, zero, zero, variables, frozen, reference, parts.optimizer.init(variables))
 
     frozen = frozen or {}
-    layout = shardings(jax.eval_shape(make, variables, frozen), parts.mesh)
+    layout = state_layout(parts, jax.eval_shape(make, variables, frozen))
     return jax.jit(make, out_shardings=layout)(variables, frozen)
+
+
+def state_layout(parts: StepParts, shapes: TrainState) -> Any:
+    """Where each leaf of a state lies: by the rules of the mesh, and in the host's memory what `mesh.offload` names."""
+    layout = shardings(shapes, parts.mesh)
+    for part in offloaded(parts):
+        layout = layout.replace(**{part: in_host_memory(getattr(shapes, part), getattr(layout, part))})
+    return layout
+
+
+def offloaded(parts: StepParts) -> tuple[str, ...]:
+    """The parts of a state that lie in the host's memory between their uses."""
+    both = ("opt_state", "reference")
+    return {"none": (), "optimizer": both[:1], "reference": both[1:], "both": both}[parts.config.mesh.offload]
+
+
+def at_hand(parts: StepParts, part: str, tree: Any) -> Any:
+    """A part of the state in the devices' memory, for its use."""
+    return moved(tree, parts.mesh, to_host=False) if part in offloaded(parts) else tree
+
+
+def put_away(parts: StepParts, part: str, tree: Any) -> Any:
+    """A part of the state after its use."""
+    return moved(tree, parts.mesh, to_host=True) if part in offloaded(parts) else tree
 
 
 def train_step(parts: StepParts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
@@ -198,15 +228,14 @@ def sample_rollout(
 def draw_completions(
     parts: StepParts, variables: dict[str, Any], prompts: Prompts, key: Array, config: SamplerConfig
 ) -> Rollout:
-    """`sample` on the mesh: rows of prompts, slots and completions split over data and fsdp."""
+    """`sample` on the mesh: rows of prompts, slots and completions split over ROW_AXES."""
     mesh = parts.mesh
 
     def constrain(tree: Any) -> Any:
         return constrain_rows(tree, mesh)
 
     module = parts.module.clone(scanned=False, remat="none")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    more = (parts.end_ids, parts.stops, shards, constrain, parts.seed_axis)
+    more = (parts.end_ids, parts.stops, row_shards(mesh), constrain, parts.seed_axis)
     return constrain(sample(module, variables, constrain(prompts), key, config, *more))
 
 
@@ -303,6 +332,11 @@ class Drawn(flax.struct.PyTreeNode):
     prompts: Int[Array, ""]
 
 
+def shape_of_packs(parts: StepParts) -> PackShape:
+    """The shape of gradient passes on the mesh."""
+    return pack_shape(parts.config, pack_shards(parts.mesh), parts.mesh.shape["sequence"])
+
+
 def completion_hidden(parts: StepParts, variables: dict[str, Any], pack: Pack) -> Float[Array, "D Q W"]:
     """The hidden state before each completion token of a pack, in the order of `pack.targets`."""
     return pack.predictions(parts.module.apply(variables, pack.tokens, pack.positions, pack.segments))
@@ -313,8 +347,10 @@ def completion_logps(
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probability and entropy at the sampling temperature of each completion token, a row a completion."""
     hidden = completion_hidden(parts, variables, pack) if hidden is None else hidden
-    laws = token_logps(hidden, unembedding(parts.module, variables), pack.targets, **law_options(parts))
-    return by_row(pack, laws[0]), by_row(pack, laws[1])
+    given = (spread_columns(hidden, parts.mesh), unembedding(parts.module, variables))
+    laws = token_logps(*given, spread_columns(pack.targets, parts.mesh), **law_options(parts))
+    logps, entropies = (gather_columns(law, pack.targets.shape, parts.mesh) for law in laws)
+    return by_row(pack, logps), by_row(pack, entropies)
 
 
 def unembedding(module: DecoderModule, variables: dict[str, Any]) -> Callable[[Array], Array]:
@@ -344,14 +380,15 @@ def distilled_laws(
     """What `completion_logps` gives, and the reverse KL of each token's law to the teacher's."""
     taught, frozen = teacher_of(parts, variables)
     laws = distilled_logps(
-        hidden,
+        spread_columns(hidden, parts.mesh),
         unembedding(parts.module, variables),
-        jax.lax.stop_gradient(completion_hidden(taught, frozen, pack)),
+        spread_columns(jax.lax.stop_gradient(completion_hidden(taught, frozen, pack)), parts.mesh),
         unembedding(taught.module, frozen),
-        pack.targets,
+        spread_columns(pack.targets, parts.mesh),
         **law_options(parts),
     )
-    return by_row(pack, laws[0]), by_row(pack, laws[1]), by_row(pack, laws[2])
+    logps, entropies, kl = (by_row(pack, gather_columns(law, pack.targets.shape, parts.mesh)) for law in laws)
+    return logps, entropies, kl
 
 
 def update(
@@ -363,9 +400,10 @@ def update(
     """
     objective = parts.config.objective
     batch = training_batch(rollout, objective.mask_truncated)
-    pieces = split(batch, objective.minibatches, pack_shape(parts.config, row_shards(parts.mesh)))
+    pieces = constrain_pieces(split(batch, objective.minibatches, shape_of_packs(parts)), parts.mesh)
     if state.reference is not None:
-        pieces = pieces.replace(ref_logps=fixed_law(parts, {**state.frozen, **state.reference}, pieces)[0])
+        reference = at_hand(parts, "reference", state.reference)
+        pieces = pieces.replace(ref_logps=fixed_law(parts, {**state.frozen, **reference}, pieces)[0])
     pieces, corrected = with_sampled_law(parts, state, pieces)
     if objective.baseline == "value":
         rollout, pieces, told = add_gae(parts, state, rollout, pieces)
@@ -384,6 +422,8 @@ def update(
     assert rollout.scores is not None
     failed = jnp.any(rollout.scores.failed)
 
+    reference, state = state.reference, state.replace(reference=None)
+
     def minibatch(state: TrainState, part: tuple[TrainingBatch, Array]) -> tuple[TrainState, UpdateReport]:
         return update_once(parts, state, *part, failed)
 
@@ -398,7 +438,7 @@ def update(
     means |= {"sampler_gap/max": (first.gap, 1.0), "lr": (parts.schedule(jnp.maximum(state.updates - 1, 0)), 1.0)}
     means |= {"skipped": (jnp.sum(reports.skipped), 1.0)}
     metrics = Metrics(means, jnp.sum(reports.nonfinite, (0, 1)), failed, state.skipped_in_row)
-    state = state.replace(step=state.step + 1, draws=state.draws + drawn.prompts)
+    state = state.replace(step=state.step + 1, draws=state.draws + drawn.prompts, reference=reference)
     return refresh_reference(parts, state), metrics, rollout
 
 
@@ -411,9 +451,17 @@ class UpdateReport(flax.struct.PyTreeNode):
     nonfinite: Float[Array, "leaves"]
 
 
+def constrain_pieces(pieces: Any, mesh: Mesh) -> Any:
+    """Pieces [M, D, ...] with each part on its devices: with the axis sequence, on all those of its packs' columns."""
+    if mesh.shape["sequence"] == 1:
+        return pieces
+    layout = NamedSharding(mesh, PartitionSpec(None, PACK_AXES))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout), pieces)
+
+
 def collected(parts: StepParts, make: Callable[[Pack], Any], pieces: TrainingBatch) -> Any:
     """What `make` gives for the packs of every minibatch, leaves [R, T], as pieces [M, D, N, G, T]."""
-    shape = pack_shape(parts.config, row_shards(parts.mesh))
+    shape = shape_of_packs(parts)
     return jax.lax.map(lambda piece: make_packs(piece, shape).collect(make, parts.seed_axis), pieces)
 
 
@@ -477,7 +525,7 @@ def add_gae(
     }
     advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
     made = {"advantages": advantages, "old_values": values, "returns": returns}
-    made = split(made, pieces.tokens.shape[0], pack_shape(parts.config, row_shards(parts.mesh)))
+    made = constrain_pieces(split(made, pieces.tokens.shape[0], shape_of_packs(parts)), parts.mesh)
     return rollout.replace(advantages=advantages), pieces.replace(**made), means
 
 
@@ -565,7 +613,8 @@ def update_once(
     squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)])
     norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~failed
-    changes, opt_state = parts.optimizer.update(gradient, state.opt_state, state.trainable)
+    before = at_hand(parts, "opt_state", state.opt_state)
+    changes, opt_state = parts.optimizer.update(gradient, before, state.trainable)
     changes = move_routing_biases(changes, loads, parts.config.optim.routing_bias_rate)
     trainable = optax.apply_updates(state.trainable, changes)
 
@@ -574,7 +623,7 @@ def update_once(
 
     state = state.replace(
         trainable=keep(trainable, state.trainable),
-        opt_state=keep(opt_state, state.opt_state),
+        opt_state=put_away(parts, "opt_state", keep(opt_state, before)),
         updates=state.updates + good,
         skipped=state.skipped + ~good,
         skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
@@ -587,7 +636,7 @@ def minibatch_gradient(
     parts: StepParts, state: TrainState, piece: TrainingBatch, divisor: Array
 ) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
     """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its packs."""
-    packs = make_packs(piece, pack_shape(parts.config, row_shards(parts.mesh)))
+    packs = make_packs(piece, shape_of_packs(parts))
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
 
     def told(number: Array) -> tuple[tuple[Array, tuple[Means, Array]], Any]:
@@ -613,8 +662,9 @@ def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
     if state.reference is None or every == 0:
         return state
     due = state.step % every == 0
-    policy = without_value(state.trainable)
-    return state.replace(reference=jax.tree.map(lambda n, o: jnp.where(due, n, o), policy, state.reference))
+    policy, before = without_value(state.trainable), at_hand(parts, "reference", state.reference)
+    reference = jax.tree.map(lambda n, o: jnp.where(due, n, o), policy, before)
+    return state.replace(reference=put_away(parts, "reference", reference))
 
 
 def refresh_interval(config: Config) -> int:

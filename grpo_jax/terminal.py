@@ -84,17 +84,23 @@ class Terminal:
         where = f" on {device}" if device else ""
         self.say(f"{prompts} prompts x {group} = {prompts * group} completions a step, {steps} steps{where}")
 
-    def parameter_table(self, rows: Iterable[tuple[str, tuple[int, ...], str]]) -> None:
-        """Name, shape and dtype of each parameter, with the number of values and their total."""
+    def parameter_table(self, rows: Iterable[tuple[str, tuple[int, ...], str, str]]) -> None:
+        """Name, shape and dtype of each parameter, with the number of values and their total.
+
+        The fourth text of a row says which axes of the mesh it is split over; '' where it is copied.
+        """
         table = Table(box=SIMPLE_HEAD, show_footer=True)
         rows = list(rows)
-        sizes = [math.prod(shape) for _, shape, _ in rows]
+        sizes, split = [math.prod(shape) for _, shape, *_ in rows], any(axes for *_, axes in rows)
         table.add_column("parameter", footer="total", overflow="fold")
         table.add_column("shape")
         table.add_column("dtype")
         table.add_column("values", justify="right", footer=f"{sum(sizes):,}")
-        for (name, shape, dtype), size in zip(rows, sizes, strict=True):
-            table.add_row(Text(name), "x".join(map(str, shape)) or "scalar", dtype, f"{size:,}")
+        if split:
+            table.add_column("split over")
+        for (name, shape, dtype, axes), size in zip(rows, sizes, strict=True):
+            more = [axes or "copied"] if split else []
+            table.add_row(Text(name), "x".join(map(str, shape)) or "scalar", dtype, f"{size:,}", *more)
         self._out.print(table)
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -4,13 +4,20 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from grpo_jax.chips import BOX, Topology
+from grpo_jax.chips import BOX, CHIPS, Chip, Topology
 from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
 from grpo_jax.parallel import lay_out, mesh_sizes
+
+
+def chip_here() -> Chip | None:
+    """The chip of this process' first device, where the table knows it."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def devices(topology: Topology) -> list[Any]:

@@ -31,6 +31,7 @@ import tiny
 from grpo_jax import cli, metrics, processes
 from grpo_jax.batches import join, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import (
+    REMAT_POLICIES,
     CodeConfig,
     Config,
     JudgeConfig,
@@ -60,6 +61,7 @@ from grpo_jax.recipes import base, cold_start, dpo, grpo, loop, reward_model, sf
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
 from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.rewards import code, judge
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.sandbox import Limits, Outcome
@@ -79,6 +81,7 @@ from grpo_jax.step import (
     refresh_reference,
     sample_rollout,
     sampling_variables,
+    state_layout,
     update,
     with_teacher,
 )
@@ -387,6 +390,8 @@ def test_remat(model):
     full = traced(**{"model.remat": "full"})
     assert "checkpoint[" in full or "remat" in full
     assert prepared(model, **{"model.remat": "full"})[0].module.remat == "full"
+    for name in REMAT_POLICIES:
+        assert traced(**{"model.remat": name}) not in (full, traced()), name
 
 
 @flips("model.logits_chunk")
@@ -1778,26 +1783,59 @@ def test_mode():
 # mesh
 
 
-@flips("mesh.data", "mesh.fsdp", "mesh.tensor")
+@flips("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence")
 def test_mesh_axes(name):
     axis = name.removeprefix("mesh.")
-    rest = {other: 1 for other in ("data", "fsdp", "tensor")}
+    rest = {other: 1 for other in ("data", "fsdp", "tensor", "expert", "sequence")}
     mesh = make_mesh(tiny.config(**{f"mesh.{k}": v for k, v in {**rest, axis: 8}.items()}).mesh)
     assert dict(mesh.shape) == {**rest, axis: 8}
     filled = make_mesh(tiny.config(**{f"mesh.{k}": v for k, v in {**rest, axis: -1}.items()}).mesh)
     assert dict(filled.shape) == {**rest, axis: 8}
     kernel = {"stack_0": {"mlp": {"up": {"kernel": jnp.zeros((2, 16, 24))}}}}
-    placed = jax.device_put(kernel, shardings(kernel, mesh))["stack_0"]["mlp"]["up"]["kernel"]
+    experts = {"stack_1": {"mlp": {"experts_up": {"kernel": jnp.zeros((2, 8, 16, 24))}}}}
+    kernel, experts = (jax.tree.leaves(jax.device_put(x, shardings(x, mesh)))[0] for x in (kernel, experts))
+    want = (2, 1, 16, 24) if axis == "expert" else (2, 8, *kernel.addressable_shards[0].data.shape[1:])
+    assert experts.addressable_shards[0].data.shape == want
     assert (
-        placed.addressable_shards[0].data.shape
+        kernel.addressable_shards[0].data.shape
         == {
-            "data": (2, 16, 24),  # copied
             "fsdp": (2, 2, 24),
             "tensor": (2, 16, 3),
-        }[axis]
+        }.get(axis, (2, 16, 24))  # copied
     )
     rows = jax.device_put(jnp.zeros((16, 3)), row_sharding(mesh))
     assert rows.addressable_shards[0].data.shape == ((16, 3) if axis == "tensor" else (2, 3))
+
+
+@flips("mesh.auto")
+def test_mesh_auto():
+    """Eight devices of no known memory: rows go over them, and where they do not divide heads do."""
+    out, picked = io.StringIO(), {}
+    for prompts in (8, 4):
+        config = tiny.config(**{"mesh.auto": True, "mesh.data": -1, "data.prompts_per_step": prompts})
+        picked[prompts] = dict(make_mesh(with_mesh(config, Terminal(out)).mesh).shape)
+    rest = {"fsdp": 1, "expert": 1, "sequence": 1}
+    assert picked == {8: {"data": 8, **rest, "tensor": 1}, 4: {"data": 4, **rest, "tensor": 2}}
+    assert out.getvalue().count("mesh.auto: ") == 2
+    with pytest.raises(InputError, match="mesh.data=1 is picked by mesh.auto=True: leave it -1"):
+        tiny.config(**{"mesh.auto": True})
+
+
+@flips("mesh.offload")
+def test_mesh_offload():
+    """Where a state lies, by the memory of its leaves."""
+    held = {}
+    for offload in ("none", "optimizer", "reference", "both"):
+        parts = tiny.parts(tiny.config(**{"mesh.offload": offload, "objective.beta": 0.1}))
+        layout = state_layout(parts, abstract_state(parts))
+        parts_of_state = (layout.trainable, layout.opt_state, layout.reference)
+        held[offload] = [sum(s.memory_kind == "pinned_host" for s in jax.tree.leaves(x)) > 0 for x in parts_of_state]
+    assert held == {
+        "none": [False, False, False],
+        "optimizer": [False, True, False],
+        "reference": [False, False, True],
+        "both": [False, True, True],
+    }
 
 
 @flips("mesh.sampling")

@@ -11,20 +11,25 @@ from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.parallel import (
+    axes_text,
     check_batch,
     constrain_rows,
+    gather_columns,
     make_mesh,
+    mesh_text,
     partition_spec,
     path_name,
     replicated,
     row_sharding,
     sampling_layout,
     shardings,
+    spread_columns,
 )
 
 
-def mesh_of(data=1, fsdp=1, tensor=1):
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+def mesh_of(data=1, fsdp=1, tensor=1, expert=1, sequence=1):
+    sizes = (data, fsdp, tensor, expert, sequence)
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,8 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 )
 def test_minus_one_takes_what_is_left(sizes, devices, want):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), want, strict=True))
+    assert tuple(mesh.shape) == ("data", "fsdp", "expert", "sequence", "tensor")
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == want and mesh.size == devices
     assert {t.name for t in mesh.axis_types} == {"Auto"}
     assert sorted(d.id for d in mesh.devices.flat) == list(range(devices))
 
@@ -56,6 +62,12 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
     check_batch(tiny.config(**{"data.prompts_per_step": 4}), mesh)
     with pytest.raises(InputError, match=r"data\.prompts_per_step=6 must divide by the 4 devices"):
         check_batch(tiny.config(**{"data.prompts_per_step": 6}), mesh)
+    wide = {"data.prompts_per_step": 8, "data.max_prompt_length": 8}
+    check_batch(tiny.config(**wide), mesh_of(1, 2, 1, 2, 2))
+    with pytest.raises(InputError, match=r"=4 must divide by the 8 devices of mesh.data x mesh.fsdp x mesh.expert x"):
+        check_batch(tiny.config(**{**wide, "data.prompts_per_step": 4}), mesh_of(1, 2, 1, 2, 2))
+    with pytest.raises(InputError, match=r"data\.max_prompt_length=7 must divide by mesh.sequence=2"):
+        check_batch(tiny.config(), mesh_of(sequence=2))
     plain = {"data.prompts_per_step": 4, "train.share_prefix": False}
     check_batch(tiny.config(**plain, **{"objective.micro_batch_size": 2}), mesh)
     check_batch(tiny.config(**plain, **{"objective.micro_batch_size": 4, "objective.minibatches": 4}), mesh)
@@ -100,11 +112,12 @@ def test_rules_by_path():
 
 
 def test_rules_of_experts_latents_and_biases():
-    mesh = mesh_of(2, 2, 2)
+    mesh = mesh_of(1, 2, 2, 2)
     for path, shape, axes in (
         ("stack_1/mlp/router/kernel", (2, 16, 6), ("fsdp", None)),
-        ("stack_1/mlp/experts_gate/kernel", (2, 6, 16, 8), (None, "fsdp", "tensor")),
-        ("stack_1/mlp/experts_down/kernel", (2, 6, 8, 16), (None, "tensor", "fsdp")),
+        ("stack_1/mlp/experts_gate/kernel", (2, 6, 16, 8), ("expert", "fsdp", "tensor")),
+        ("stack_1/mlp/experts_gate/kernel", (2, 5, 16, 8), (None, "fsdp", "tensor")),
+        ("stack_1/mlp/experts_down/kernel", (2, 6, 8, 16), ("expert", "tensor", "fsdp")),
         ("stack_1/mlp/shared/down/kernel", (2, 8, 16), ("tensor", "fsdp")),
         ("stack_0/attention/latent/kernel", (2, 16, 12), ("fsdp", None)),
         ("stack_0/attention/query_latent/kernel", (2, 16, 8), ("fsdp", None)),
@@ -138,6 +151,26 @@ def test_axes_that_do_not_divide_or_are_dropped_are_left_out():
     assert partition_spec(kernel, (2, 16, 24), mesh, ("fsdp",)) == PartitionSpec(None, None, "tensor")
     assert partition_spec(kernel, (24,), mesh) == PartitionSpec()
     assert partition_spec("something/else", (16, 16), mesh) == PartitionSpec()
+
+
+def test_what_the_parameter_table_says_of_a_leaf():
+    mesh = mesh_of(1, 2, 1, 2)
+    assert axes_text("stack_0/mlp/gate/kernel", (2, 16, 24), mesh) == "- x fsdp x -"  # one device along tensor
+    assert axes_text("stack_1/mlp/experts_up/kernel", (2, 6, 16, 8), mesh) == "- x expert x fsdp x -"
+    assert axes_text("final_norm/scale", (16,), mesh) == "" and mesh_text(mesh) == "fsdp=2 x expert=2"
+    assert mesh_text(mesh_of()) == "one device"
+
+
+def test_columns_go_to_the_devices_of_sequence_and_come_back():
+    mesh = mesh_of(2, 1, 1, 1, 4)
+    x = np.arange(2 * 6 * 3.0).reshape(2, 6, 3).astype(np.float32)
+    spread, back = jax.jit(lambda x: (y := spread_columns(x, mesh), gather_columns(y[..., 0], (2, 6), mesh)))(x)
+    assert spread.shape == (8, 2, 3) and spread.sharding.shard_shape(spread.shape) == (1, 2, 3)
+    np.testing.assert_array_equal(spread[:3], x[0].reshape(3, 2, 3))
+    assert not spread[3].any()  # filled up
+    np.testing.assert_array_equal(back, x[..., 0])
+    one = mesh_of(2)
+    assert spread_columns(x, one) is x and gather_columns(x, (2, 6), one) is x
 
 
 def test_rows_are_split_over_data_and_fsdp_and_copied_over_tensor():

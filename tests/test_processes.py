@@ -119,8 +119,8 @@ def fake_mesh(shape: tuple[int, int, int], hosts: int) -> types.SimpleNamespace:
     """A mesh of devices that only know whose they are, in order, as many for each host."""
     count = int(np.prod(shape))
     devices = [types.SimpleNamespace(process_index=i * hosts // count) for i in range(count)]
-    sizes = dict(zip(parallel.AXES, shape, strict=True))
-    return types.SimpleNamespace(devices=np.array(devices).reshape(shape), shape=sizes)
+    sizes = dict(zip(parallel.AXES, (*shape[:2], 1, 1, shape[2]), strict=True))
+    return types.SimpleNamespace(devices=np.array(devices).reshape(*sizes.values()), shape=sizes)
 
 
 def test_every_row_is_scored_by_one_process():
@@ -507,3 +507,32 @@ def test_other_recipes_train_by_two_processes_as_by_one(folder, cli_env, command
         assert (folder / run / "model").is_dir()
     assert len(losses[0]) == 3
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_reject_as_one(folder, cli_env):
+    """The completions, grades and scores of two processes are those of one with two devices, and one of them writes."""
+    rows = [{"prompt": row["question"], "answer": row["answer"]} for row in job.ROWS[:7]]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", "model", "--set", "jsonl=problems.jsonl", "--max_new_tokens=4", "--batch_size=8"]
+    kept, scores = [], []
+    for count, devices in ((2, 1), (1, 2)):
+        name, env = f"eval{count}", job.environment(cli_env, devices)
+        command = [sys.executable, "-m", "grpo_jax.cli", "launch", f"--processes={count}", "--"]
+        for samples in (2, 3):  # the second time only what is missing is drawn
+            flags = ["eval", *given, f"--samples={samples}", "--workdir", name]
+            said = done(job.started(folder, env, [*command, *flags], name), folder, name)
+        assert said.count("samples.jsonl") == 2  # a line of each start, of the first process
+        records = [json.loads(x) for x in (folder / name / "problems" / "samples.jsonl").read_text().splitlines()]
+        kept.append(sorted(({**r, "seconds": 0} for r in records), key=lambda r: (r["problem"], r["sample"] or -1)))
+        summary = json.loads((folder / name / "summary.json").read_text())["sets"]["problems"]
+        scores.append({k: v for k, v in summary.items() if "second" not in k})
+        process = job.started(
+            folder, env, [*command, "reject", *given, "--workdir", f"reject{count}"], f"reject{count}"
+        )
+        process.wait(300)
+        assert process.returncode == 2  # an untrained model is never right, which the first process alone finds out
+        assert "completions is kept" in (folder / f"reject{count}.err").read_text()
+        assert len((folder / f"reject{count}" / "problems" / "samples.jsonl").read_text().splitlines()) == 7 * 8
+    assert kept[0] == kept[1] and len(kept[0]) == 7 * 4
+    assert scores[0] == scores[1]

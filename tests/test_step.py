@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import bigram
@@ -15,7 +16,8 @@ import tiny
 
 from grpo_jax.batches import PackShape, join, make_packs, pack_shape, split, training_batch
 from grpo_jax.metrics import CompileCounter, Fetcher, divide
-from grpo_jax.parallel import path_name
+from grpo_jax.models.architecture import Experts, Stack
+from grpo_jax.parallel import AXES, HOST, path_name
 from grpo_jax.step import (
     Program,
     add_advantages,
@@ -237,6 +239,25 @@ def test_staged_equals_fused(run):
     assert sorted(program.seconds) == ["sample", "score", "update"] and min(program.seconds.values()) > 0
     # Its programs are built once each, too.
     assert program.traces == 4
+
+
+@pytest.mark.slow
+def test_a_state_in_host_memory_takes_the_same_steps(run):
+    """Optimizer and reference, through an update that refreshes the reference; what lies there goes on lying there."""
+    config = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, offload="both"))
+    parts = tiny.parts(config, ONE_LAYER)
+    state = tiny.state(parts)
+    program = Program(parts, state)
+    for step in range(LEARNING):
+        given = tiny.on_mesh(tiny.prompts(config, 2 * step), parts.mesh)
+        state, _, _ = program(state, given)
+        for part in (state.opt_state, state.reference):
+            assert {x.sharding.memory_kind for x in jax.tree.leaves(part) if x.ndim} == {HOST}
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.trainable)} == {"device"}
+    assert program.traces == 1
+    got = jax.device_get(state)
+    for name in ("trainable", "reference"):
+        assert relative_error(getattr(got, name), getattr(run.states[LEARNING], name)) < 1e-6
 
 
 def test_in_bfloat16_sampler_and_trainer_agree_within_its_bound():
@@ -645,24 +666,27 @@ def one_step(parts):
     return before, after, divide(metrics.means), rollout
 
 
-@functools.cache
-def step_on(data=1, fsdp=1, tensor=1, sampling="same"):
-    mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.sampling": sampling}
-    return one_step(tiny.parts(tiny.config(**SMALL, **mesh), ONE_LAYER, optax.sgd(1.0)))
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        {"tensor": 2},
-        pytest.param({"data": 2, "fsdp": 2, "sampling": "tensor"}, marks=pytest.mark.slow),
-        {"data": 2, "fsdp": 2, "tensor": 2, "sampling": "replicated"},
-    ],
-    ids=lambda mesh: "-".join(f"{k}_{v}" for k, v in mesh.items()),
+# A layer with experts and an MLP for all tokens; sizes that eight devices of any axis divide.
+MIXED = dataclasses.replace(
+    tiny.architecture(),
+    stacks=(Stack((0,), experts=True),),
+    experts=Experts(count=8, chosen=2, width=8, shared_width=16),
 )
-def test_any_devices_give_the_same_tokens_loss_and_gradient(mesh):
-    before, alone, metrics, rollout = step_on()
-    _, state, got_metrics, got = step_on(**mesh)
+WIDE = SMALL | {"data.max_prompt_length": 8, "sampler.max_new_tokens": 8}
+
+
+@functools.cache
+def step_on(sampling="same", more=(), **sizes):
+    """One step of MIXED on a mesh of these sizes, by plain descent at rate 1."""
+    fields = WIDE | {f"mesh.{axis}": size for axis, size in sizes.items()} | {"mesh.sampling": sampling} | dict(more)
+    parts = tiny.parts(tiny.config(**fields), MIXED, optax.sgd(1.0))
+    return one_step(parts, {"params": tiny.drawn(MIXED)})
+
+
+def same_step(sampling="same", more=(), **sizes):
+    """Asserts that a step on a mesh is the step of one device."""
+    before, alone, metrics, rollout = step_on(more=more)
+    _, state, got_metrics, got = step_on(sampling, more, **sizes)
     for name in ("tokens", "lengths", "ended", "draw", "group"):
         np.testing.assert_array_equal(getattr(got, name), getattr(rollout, name), err_msg=name)
     assert got_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
@@ -672,3 +696,52 @@ def test_any_devices_give_the_same_tokens_loss_and_gradient(mesh):
     assert got_metrics["sampler_gap/max"] <= 1e-5
     for name in ("reward/total", "length/mean", "advantage/mean_abs", "groups/all_wrong"):
         assert got_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2, "sampling": "replicated"},
+        {"fsdp": 2, "expert": 2, "tensor": 2, "sampling": "same"},
+        {"data": 2, "fsdp": 2, "sequence": 2, "sampling": "tensor"},
+        {"expert": 2, "sequence": 2, "tensor": 2, "sampling": "replicated"},
+        {"data": 2, "expert": 4, "sampling": "tensor"},
+    ],
+    ids=lambda mesh: "-".join(f"{k}_{v}" for k, v in mesh.items()),
+)
+def test_any_devices_give_the_same_tokens_loss_and_gradient(mesh):
+    same_step(**mesh)
+
+
+def every_mesh():
+    """All ways to lay eight devices along the axes, with each layout of sampling that differs from "same" there."""
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)):
+        if np.prod(sizes) == 8:
+            mesh = dict(zip(AXES, sizes, strict=True))
+            yield mesh
+            if mesh["fsdp"] > 1:
+                yield mesh | {"sampling": "tensor"}
+            if mesh["fsdp"] * mesh["expert"] * mesh["tensor"] > 1:
+                yield mesh | {"sampling": "replicated"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", list(every_mesh()), ids=lambda mesh: "-".join(map(str, mesh.values())))
+def test_every_mesh_of_eight_devices_gives_the_same_tokens_loss_and_gradient(mesh):
+    same_step(**mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"train.share_prefix": False},
+        {"model.logits_chunk": 16, "model.remat": "full"},
+        {"objective.beta": 0.04, "objective.minibatches": 2, "objective.micro_batch_size": 8},
+        {"objective.baseline": "value", "ppo.critic": "model"},
+        {"sampler.slots": 8},
+    ],
+    ids=lambda more: "-".join(map(str, more)),
+)
+def test_other_steps_are_the_same_over_columns_and_experts(more):
+    same_step(more=tuple(more.items()), fsdp=2, expert=2, sequence=2)

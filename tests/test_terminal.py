@@ -68,11 +68,14 @@ def test_an_ascii_pipe_does_not_end_the_run():
     with io.TextIOWrapper(raw, encoding="ascii") as out:
         terminal = Terminal(out)
         terminal.samples([{"prompt": "é", "completion": "✓", "total": 1.0}])
-        terminal.parameter_table([("layers/query", (2, 3), "float32"), ("scale", (), "float32")])
+        terminal.parameter_table([("layers/query", (2, 3), "float32", "- x fsdp"), ("scale", (), "float32", "")])
         out.flush()
         lines = raw.getvalue().decode("ascii").splitlines()
     assert "  completion  \\u2713" in lines
-    assert ["total", "7"] in [line.replace("|", " ").split() for line in lines]
+    told = [line.replace("|", " ").split() for line in lines]
+    assert ["total", "7"] in told
+    assert ["layers/query", "2x3", "float32", "6", "-", "x", "fsdp"] in told
+    assert ["scale", "scalar", "float32", "1", "copied"] in told
 
 
 def test_compiling_says_what_and_how_long():

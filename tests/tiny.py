@@ -22,7 +22,7 @@ from grpo_jax.models.architecture import Architecture, llama
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.weights import layer_shapes, put
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, row_sharding, shardings
+from grpo_jax.parallel import AXES, make_mesh, row_sharding, shardings
 from grpo_jax.rewards.host import HostRewards
 from grpo_jax.rewards.scorer import Scorer, build_scorer
 from grpo_jax.rewards.verifiers import byte_table
@@ -186,8 +186,7 @@ def scorer(
 
 def mesh(config: Config, devices: int | None = None) -> Mesh:
     """The config's mesh over the first `devices` fake devices (None: as many as it asks for)."""
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    count = devices or max(int(np.prod(sizes)), 1)
+    count = devices or max(int(np.prod([getattr(config.mesh, axis) for axis in AXES])), 1)
     return make_mesh(config.mesh, jax.devices()[:count])
 
 
@@ -204,7 +203,13 @@ def parts(
     on = mesh(config)
     return StepParts(
         config=config,
-        module=Decoder(of or architecture(), dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat),
+        module=Decoder(
+            of or architecture(),
+            dtype=jnp.dtype(config.model.compute_dtype),
+            remat=config.model.remat,
+            mesh=on,
+            sampling=config.mesh.sampling,
+        ),
         optimizer=optimizer or make_optimizer(config.optim, updates),
         schedule=make_schedule(config.optim, updates),
         scorer=scorer(config, on, rewards, callables),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from grpo_jax import processes
 from grpo_jax.data.mixture import Mixture
 from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
@@ -22,13 +23,13 @@ class PromptSet:
 
     Attributes:
       rows: the rows as loaded; host rewards look text and columns up here.
-      tokens: the prompt of each row, template included, unpadded.
+      tokens: the prompt of each row, template included, unpadded; of several processes each makes those it draws.
       columns: what in-graph rewards need, each array with one entry a row.
       mixture: what set each row is of, where there are several or rewards change in the run.
     """
 
     rows: tuple[dict, ...]
-    tokens: tuple[np.ndarray, ...]
+    tokens: Sequence[np.ndarray]
     columns: dict[str, np.ndarray]
     mixture: Mixture | None = None
 
@@ -44,6 +45,41 @@ class PromptSet:
         return self.mixture.order(draws, seed, shuffle)
 
 
+class Encoded(Sequence[np.ndarray]):
+    """Token ids of rows' prompts, each made when it is first asked for."""
+
+    def __init__(self, rows: Sequence[dict], encode: Callable[[Any], list[int]]):
+        self._rows, self._encode = rows, encode
+        self._made: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number not in self._made:
+            if not 0 <= number < len(self._rows):
+                raise IndexError(number)
+            self._made[number] = np.asarray(self._encode(self._rows[number]["prompt"]), np.int32)
+        return self._made[number]
+
+
+def prompt_lengths(tokens: Sequence[np.ndarray]) -> Int[np.ndarray, "rows"]:
+    """The length of each prompt; of several processes each makes its share and tells the others.
+
+    Raises the InputError of the first row, of any process, that cannot be encoded.
+    """
+    own, error = [], None
+    try:
+        own = [len(tokens[i]) for i in range(processes.number(), len(tokens), processes.count())]
+    except InputError as found:
+        error = found
+    processes.raise_any(error)
+    lengths = np.zeros(len(tokens), np.int64)
+    for number, told in enumerate(processes.exchange(own)):
+        lengths[number :: processes.count()] = told
+    return lengths
+
+
 def build_prompt_set(
     rows: Sequence[dict],
     encode: Callable[[Any], list[int]],
@@ -51,11 +87,15 @@ def build_prompt_set(
     columns: Callable[[Sequence[dict]], dict[str, np.ndarray]],
     mixture: Mixture | None = None,
 ) -> PromptSet:
-    """Encodes every row's 'prompt'; raises InputError for an empty dataset and for prompts beyond their budget."""
+    """Encodes rows' 'prompt'; raises InputError for an empty dataset and for prompts beyond their budget.
+
+    One process encodes all rows here. Of several each encodes its share, so that all are checked, and later those that
+    it draws.
+    """
     if not rows:
         raise InputError("data: the dataset is empty: no row to draw prompts from")
-    tokens = tuple(np.asarray(encode(row["prompt"]), np.int32) for row in rows)
-    lengths = np.array([len(t) for t in tokens])
+    tokens = Encoded(rows, encode)
+    lengths = prompt_lengths(tokens)
     if not lengths.all():
         first = int(lengths.argmin())
         raise InputError(f"data: the prompt of row {first} has no tokens: {rows[first]['prompt']!r}")

@@ -12,6 +12,8 @@ one compiled layer is scanned over it; with `scanned=False` (sampling) each laye
 and its own cache buffers, updated in place; `unstack` maps the first layout to the second.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,22 +21,72 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import Cache, CacheIndex, LayerEntry, read, start, write, write_latent
-from grpo_jax.ops.attention import attend_self, attend_shared_prefix, soft_cap
-from grpo_jax.ops.experts import load_excess, mix_experts, report_excess, route
+from grpo_jax.ops.attention import PRODUCT, attend_self, attend_shared_prefix, soft_cap
+from grpo_jax.ops.experts import load_excess, mix_experts, mix_experts_on, report_excess, route
 from grpo_jax.ops.norms import rms_norm
 from grpo_jax.ops.packing import real_tokens, row_columns
 from grpo_jax.ops.rope import frequencies, rotary_angles, rotate
-from grpo_jax.parallel import constrain_rows, row_shards
+from grpo_jax.parallel import (
+    HOST,
+    PACK_AXES,
+    ROWS,
+    SAMPLING_DROPS,
+    row_shards,
+    splits_columns,
+)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How activations [B, S, D] lie on a mesh; by default that is left to XLA.
+
+    Attributes:
+      mesh: whose devices they lie on.
+      rows: what B and S lie over.
+      columns: S lies over the mesh's axis sequence.
+      drop: axes that expert kernels are gathered over.
+    """
+
+    mesh: Mesh | None = None
+    rows: PartitionSpec = PartitionSpec()
+    columns: bool = False
+    drop: tuple[str, ...] = ()
+
+    @property
+    def over_columns(self) -> Mesh | None:
+        """The mesh where S is split."""
+        return self.mesh if self.columns else None
+
+    def lay(self, x: Array) -> Array:
+        """x on these devices.
+
+        Left alone, XLA splits hidden states by width, as fsdp splits the embedding: every device then computes a part
+        of all rows, and what is summed over devices grows with the batch.
+        """
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.rows))
+
+
+def place_of(mesh: Mesh | None, shape: tuple[int, ...], sampling: str | None) -> Place:
+    """Where activations of this shape lie: by rows with `sampling`, which is `mesh.sampling`, else as packs do."""
+    if mesh is None or mesh.size == 1:
+        return Place()
+    if sampling is not None:
+        return Place(mesh, ROWS, drop=SAMPLING_DROPS[sampling]) if shape[0] % row_shards(mesh) == 0 else Place()
+    if splits_columns(mesh, shape):
+        return Place(mesh, PartitionSpec(PACK_AXES, "sequence"), True, ("fsdp",))
+    if shape[0] % row_shards(mesh) == 0:  # rows that are no packs, of columns that do not split
+        return Place(mesh, ROWS, drop=("fsdp",))
+    return Place()
 
 
 class DecoderModule(Protocol):
@@ -79,6 +131,7 @@ class Dense(nn.Module):
     features: int
     dtype: Any
     use_bias: bool = False
+    flat: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -86,7 +139,8 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         # Rows are flattened: XLA's CPU backend computes the gradient of x [B, S, I] @ W, a product contracted
         # over two axes, three times slower than over one (a gated MLP's gradient: 0.169 to 0.051 CPU seconds).
-        rows = x.reshape(-1, x.shape[-1])
+        # Columns that lie over several devices are left alone: flattened they would have to come together.
+        rows = x.reshape(-1, x.shape[-1]) if self.flat else x
         y = rows @ kernel.astype(self.dtype)
         if self.has_variable("params", "kernel_scale"):
             y = y * self.get_variable("params", "kernel_scale").astype(self.dtype)
@@ -129,6 +183,7 @@ class Attention(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    columns: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
@@ -137,7 +192,7 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
 
         def heads(name: str, count: int) -> Float[Array, "B S heads E"]:
-            y = Dense(count * a.head_size, self.dtype, a.qkv_bias, name=name)(x)
+            y = Dense(count * a.head_size, self.dtype, a.qkv_bias, self.columns is None, name=name)(x)
             y = y.reshape(batch, length, count, a.head_size)
             if name == "value":
                 return y
@@ -149,9 +204,9 @@ class Attention(nn.Module):
         if entry is not None and index is not None and index.prefilled:
             out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype), *how)
         else:
-            out = attend_self(query, key, value, positions, segments, window, *how)
+            out = attend_self(query, key, value, positions, segments, window, *how, self.columns)
         out = out.reshape(batch, length, a.heads * a.head_size)
-        return Dense(a.width, self.dtype, a.out_bias, name="out")(out), entry
+        return Dense(a.width, self.dtype, a.out_bias, self.columns is None, name="out")(out), entry
 
 
 class LatentAttention(nn.Module):
@@ -164,6 +219,7 @@ class LatentAttention(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    columns: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
@@ -172,8 +228,9 @@ class LatentAttention(nn.Module):
         assert m is not None
         batch, length, _ = x.shape
         query, latent, shared = self._project(x, rotary)
-        key_up = Dense(a.heads * m.plain, self.dtype, name="key_up")
-        value_up = Dense(a.heads * m.value, self.dtype, name="value_up")
+        dense = functools.partial(Dense, dtype=self.dtype, flat=self.columns is None)
+        key_up = dense(a.heads * m.plain, name="key_up")
+        value_up = dense(a.heads * m.value, name="value_up")
         entry, index = (None, None) if cache is None else (None, cache[1])
         if cache is not None:
             entry = write_latent(*cache, jnp.concatenate([latent, shared[:, :, 0]], axis=-1))
@@ -188,22 +245,23 @@ class LatentAttention(nn.Module):
             key = key_up(latent).reshape(batch, length, a.heads, m.plain)
             key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], m.rotary))], axis=-1)
             value = value_up(latent).reshape(batch, length, a.heads, m.value)
-            out = attend_self(query, key, value, positions, segments, window, a.score_scale, a.attention_cap)
+            how = (a.score_scale, a.attention_cap, self.columns)
+            out = attend_self(query, key, value, positions, segments, window, *how)
         out = out.reshape(batch, length, a.heads * m.value)
-        return Dense(a.width, self.dtype, a.out_bias, name="out")(out), entry
+        return dense(a.width, use_bias=a.out_bias, name="out")(out), entry
 
     def _project(self, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Queries [B, S, H, E], latents [B, S, rank] and rotated keys [B, S, 1, rotary]."""
         a, m = self.architecture, self.architecture.latent
         assert m is not None
-        source = x
+        source, dense = x, functools.partial(Dense, dtype=self.dtype, flat=self.columns is None)
         if m.query_rank:
-            source = Dense(m.query_rank, self.dtype, name="query_latent")(x)
+            source = dense(m.query_rank, name="query_latent")(x)
             source = Norm(m.norm_eps, name="query_latent_norm")(source)
-        query = Dense(a.heads * a.head_size, self.dtype, name="query")(source)
+        query = dense(a.heads * a.head_size, name="query")(source)
         query = query.reshape(*x.shape[:2], a.heads, a.head_size)
         query = jnp.concatenate([query[..., : m.plain], rotate(query[..., m.plain :], *rotary)], axis=-1)
-        both = Dense(m.rank + m.rotary, self.dtype, name="latent")(x)
+        both = dense(m.rank + m.rotary, name="latent")(x)
         latent = Norm(m.norm_eps, name="latent_norm")(both[..., : m.rank])
         return query, latent, rotate(both[:, :, None, m.rank :], *rotary)
 
@@ -214,14 +272,14 @@ class Mlp(nn.Module):
     architecture: Architecture
     dtype: Any
     width: int
+    columns: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The gated MLP."""
-        a = self.architecture
-        gate = Dense(self.width, self.dtype, a.mlp_bias, name="gate")(x)
-        up = Dense(self.width, self.dtype, a.mlp_bias, name="up")(x)
-        return Dense(a.width, self.dtype, a.mlp_bias, name="down")(ACTIVATIONS[a.activation](gate) * up)
+        a, more = self.architecture, (self.dtype, self.architecture.mlp_bias, self.columns is None)
+        gate, up = Dense(self.width, *more, name="gate")(x), Dense(self.width, *more, name="up")(x)
+        return Dense(a.width, *more, name="down")(ACTIVATIONS[a.activation](gate) * up)
 
 
 class ExpertKernels(nn.Module):
@@ -246,14 +304,16 @@ class ExpertMlp(nn.Module):
     architecture: Architecture
     dtype: Any
     balance: bool = False
+    place: Place = Place()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The weighted sum of each token's experts, plus the shared ones."""
         a, e = self.architecture, self.architecture.experts
         assert e is not None
-        rows = x.reshape(-1, a.width)
-        logits = Dense(e.count, jnp.float32, name="router")(rows.astype(jnp.float32))
+        columns = self.place.over_columns
+        logits = Dense(e.count, jnp.float32, flat=columns is None, name="router")(x.astype(jnp.float32))
+        logits = logits.reshape(-1, e.count)
         bias = parameter(self, "routing_bias", nn.initializers.zeros, (e.count,)) if e.scoring == "sigmoid" else None
         experts, weights = route(logits, bias, e.chosen, e.groups, e.chosen_groups, e.normalised, e.scale)
         if self.balance and bias is not None:
@@ -264,8 +324,23 @@ class ExpertMlp(nn.Module):
             ExpertKernels(up, self.dtype, name="experts_up")(),
             ExpertKernels(down, self.dtype, name="experts_down")(),
         )
-        out = mix_experts(rows, experts, weights, kernels, ACTIVATIONS[a.activation]).reshape(x.shape)
-        return out + Mlp(a, self.dtype, e.shared_width, name="shared")(x) if e.shared_width else out
+        activation = ACTIVATIONS[a.activation]
+        if self.place.mesh is None:
+            out = mix_experts(x.reshape(-1, a.width), experts, weights, kernels, activation).reshape(x.shape)
+        else:
+            given = (x, *(y.reshape(*x.shape[:2], -1) for y in (experts, weights)))
+            out = mix_experts_on(self.place.mesh, self.place.rows, self.place.drop, given, kernels, activation)
+        return out + Mlp(a, self.dtype, e.shared_width, columns, name="shared")(x) if e.shared_width else out
+
+
+def remat_policy(name: str) -> Any:
+    """The policy of jax.checkpoint_policies that a name of `model.remat` stands for; None keeps nothing."""
+    if name == "full":
+        return None
+    policies, policy = jax.checkpoint_policies, getattr(jax.checkpoint_policies, name)
+    if policy is policies.dots_saveable:
+        return policies.save_from_both_policies(policy, policies.save_only_these_names(PRODUCT))
+    return policy("device", HOST) if name.startswith("offload_") else policy
 
 
 class Layer(nn.Module):
@@ -279,11 +354,12 @@ class Layer(nn.Module):
     experts: bool = False
     balance: bool = False
     mesh: Mesh | None = None
+    sampling: str = "same"
 
     @nn.compact
     def __call__(self, x, place, cache, rotary, positions, segments):
         """x + attention(norm(x)), then x + mlp(norm(x))."""
-        a = self.architecture
+        a, lies = self.architecture, place_of(self.mesh, x.shape, None if cache is None else self.sampling)
         window, rope = place
         if len(a.ropes) > 1:
             rotary = jax.tree.map(lambda angles: angles[rope], rotary)
@@ -291,34 +367,23 @@ class Layer(nn.Module):
         def norm(name: str) -> Norm:
             return Norm(a.norm_eps, a.norm_offset, name=name)
 
-        attention = (LatentAttention if a.latent else Attention)(a, self.dtype, name="attention")
+        attention = (LatentAttention if a.latent else Attention)(a, self.dtype, lies.over_columns, name="attention")
         out, cache = attention(norm("attention_norm")(x), rotary, positions, segments, window, cache)
         x = x + (norm("attention_post_norm")(out) if a.post_norms else out)
         normed = norm("mlp_norm")(x)
         if self.experts:
-            out = ExpertMlp(a, self.dtype, self.balance, name="mlp")(normed, segments)
+            out = ExpertMlp(a, self.dtype, self.balance, lies, name="mlp")(normed, segments)
         else:
-            out = Mlp(a, self.dtype, a.mlp_width, name="mlp")(normed)
+            out = Mlp(a, self.dtype, a.mlp_width, lies.over_columns, name="mlp")(normed)
         x = x + (norm("mlp_post_norm")(out) if a.post_norms else out)
-        return (lay_rows(x, self.mesh) if cache is None else x), cache
-
-
-def lay_rows(x: Float[Array, "B S D"], mesh: Mesh | None) -> Float[Array, "B S D"]:
-    """Hidden states of a gradient pass with each device's rows on it.
-
-    Left alone, XLA splits them by width, as fsdp splits the embedding: every device then computes a part of all rows,
-    and what is summed over devices grows with the batch (compiled for v5e:2x2: 64 MiB a product, its weights 32).
-    """
-    if mesh is None or mesh.size == 1 or x.shape[0] % row_shards(mesh):
-        return x
-    return constrain_rows(x, mesh)
+        return (lies.lay(x) if cache is None else x), cache
 
 
 class Decoder(nn.Module):
     """Embedding, stacks of layers, final norm, output matrix.
 
     `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
-    `mesh`: devices that the rows of a gradient pass are split over.
+    `mesh`: devices over whose axes expert and sequence the work of a layer is split; `sampling`: `mesh.sampling`.
     """
 
     architecture: Architecture
@@ -327,6 +392,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     balance: bool = False
     mesh: Mesh | None = None
+    sampling: str = "same"
 
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
@@ -334,7 +400,8 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(
             a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype
         )
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
+        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=remat_policy(self.remat))
+        more = (self.balance, self.mesh, self.sampling)
         if self.scanned:
             scan = nn.scan(
                 layer,
@@ -343,11 +410,11 @@ class Decoder(nn.Module):
                 in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             )
             for i, stack in enumerate(a.stacks):
-                setattr(self, f"stack_{i}", scan(a, self.dtype, stack.experts, self.balance, self.mesh))
+                setattr(self, f"stack_{i}", scan(a, self.dtype, stack.experts, *more))
         else:
             for i, stack in enumerate(a.stacks):
                 for j in range(stack.layers):
-                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, self.balance, self.mesh))
+                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, *more))
         self.final_norm = Norm(a.norm_eps, a.norm_offset)
         if not a.tied:
             self.head = Dense(a.vocabulary, self.dtype)
@@ -365,8 +432,11 @@ class Decoder(nn.Module):
         the same segment see each other.
         """
         a = self.architecture
+        lies = place_of(self.mesh, tokens.shape, None if cache is None else self.sampling)
+        if cache is None:
+            tokens, positions = lies.lay(tokens), lies.lay(positions)
         x = self.embed(tokens)
-        x = lay_rows(x, self.mesh) if cache is None else x
+        x = lies.lay(x) if cache is None else x
         if a.embedding_scale != 1.0:
             x = x * jnp.asarray(a.embedding_scale, x.dtype)
         columns = row_columns(segments) if cache is None else cache.index.columns

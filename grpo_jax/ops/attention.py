@@ -3,12 +3,17 @@
 Who sees whom is told by explicit positions, segment ids and windows, never deduced from slots.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.ops.packing import SharedPrefix
 
+PRODUCT = "attention_product"
 MASKED = -1e30  # finite, so that a row with nothing to see gives a mean and not a NaN
 
 
@@ -41,10 +46,10 @@ def attend(
     batch, length, heads, size = query.shape
     grouped = heads_first(query, key.shape[2]).reshape(batch, key.shape[2], -1, size)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    scores = score(grouped, key).reshape(batch, key.shape[1], -1, length, key.shape[2])
+    scores = product(score(grouped, key)).reshape(batch, key.shape[1], -1, length, key.shape[2])
     scores = soft_cap(scores * (scale or size**-0.5), cap)
     (weights,) = softmax([jnp.where(mask[:, None, None], scores, MASKED)])
-    out = mix(weights.reshape(*grouped.shape[:3], -1).astype(value.dtype), value)
+    out = product(mix(weights.reshape(*grouped.shape[:3], -1).astype(value.dtype), value))
     out = jnp.moveaxis(out.reshape(batch, key.shape[1], -1, length, value.shape[-1]), 3, 1)
     return out.reshape(batch, length, heads, value.shape[-1])
 
@@ -53,6 +58,13 @@ def heads_first(query: Float[Array, "*b S H E"], kv_heads: int) -> Float[Array, 
     """Queries by key head and place in its group, so that a head's rows lie together, as its products read them."""
     grouped = query.reshape(*query.shape[:-2], kv_heads, -1, query.shape[-1])
     return jnp.moveaxis(grouped, -4, -2)
+
+
+def product(x: Float[Array, "*R"]) -> Float[Array, "*R"]:
+    """x under a name by which policies of rematerialisation know it: they do not look inside functions with a gradient
+    of their own.
+    """
+    return checkpoint_name(x, PRODUCT)
 
 
 @jax.custom_vjp
@@ -137,66 +149,99 @@ def attend_self(
     window: Int[Array, ""] | int,
     scale: float | None = None,
     cap: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "R S H v"]:
-    """Attention of a batch to itself, its segments being ids or packs with shared prompts."""
+    """Attention of a batch to itself, its segments being ids or packs with shared prompts.
+
+    With a mesh the columns lie over its axis sequence: each device keeps its queries, and gets the keys and values of
+    all the others, which with grouped queries are the smaller part.
+    """
+    if mesh is None:
+        return _attend((query, positions, segments), (key, value, positions, segments), window, scale, cap)
+    shared = isinstance(segments, SharedPrefix)
+    columns, by_token = PartitionSpec(None, "sequence"), PartitionSpec(None, *(None,) * shared, "sequence")
+
+    def local(query: Array, seen: tuple[Array, ...], segments: Any, window: Array) -> Array:
+        def gather(x: Array, axis: int = 1) -> Array:
+            return jax.lax.all_gather(x, "sequence", axis=axis, tiled=True)
+
+        ids, own = jax.tree.map(lambda x: gather(x, x.ndim - 1), segments), segments
+        own = segments.replace(chunks=1) if isinstance(segments, SharedPrefix) else own
+        return _attend((query, seen[2], own), (*map(gather, seen), ids), window, scale, cap)
+
+    specs = (columns, (columns, columns, columns), by_token, PartitionSpec())
+    over = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=columns, axis_names={"sequence"})
+    return over(query, (key, value, positions), segments, jnp.asarray(window))
+
+
+def _attend(
+    own: tuple[Array, Array, Any], seen: tuple[Array, Array, Array, Any], window: Any, scale: float | None, cap: float
+) -> Array:
+    """Queries, their positions and segments to keys and values, their positions and segments."""
+    (query, places, segments), (key, value, key_places, key_segments) = own, seen
     if isinstance(segments, SharedPrefix):
-        return attend_packed(query, key, value, positions, segments, window, scale, cap)
-    return attend(query, key, value, visible(positions, positions, segments, segments, window), scale, cap)
+        return attend_packed(own, seen, window, scale, cap)
+    return attend(query, key, value, visible(places, key_places, segments, key_segments, window), scale, cap)
 
 
 def attend_packed(
-    query: Float[Array, "D X H E"],
-    key: Float[Array, "D X K E"],
-    value: Float[Array, "D X K v"],
-    positions: Int[Array, "D X"],
-    segments: SharedPrefix,
+    own: tuple[Float[Array, "D x H E"], Int[Array, "D x"], SharedPrefix],
+    seen: tuple[Float[Array, "D X K E"], Float[Array, "D X K v"], Int[Array, "D X"], SharedPrefix],
     window: Int[Array, ""] | int,
     scale: float | None = None,
     cap: float = 0.0,
-) -> Float[Array, "D X H v"]:
-    """Prompts to themselves; rows to themselves and to their tokens' prompts, in one softmax."""
-    parts, n, width = segments.prompt_segments.shape
+) -> Float[Array, "D x H v"]:
+    """Prompts to themselves; rows to themselves and to their tokens' prompts, in one softmax.
+
+    `own` are queries, with their positions and segments, of all columns of a pack or of a part of each prompt and row;
+    `seen` are keys and values of all columns.
+    """
+    (query, places, segments), (key, value, key_places, key_segments) = own, seen
+    parts, n, width = key_segments.prompt_segments.shape
     _, r, length = segments.segments.shape
-    heads, size = query.shape[2:]
+    heads, size, kv_heads = *query.shape[2:], key.shape[2]
 
-    def cut(x: Array) -> tuple[Array, Array]:
-        prompts, rows = x[:, : n * width], x[:, n * width :]
-        return prompts.reshape(parts * n, width, *x.shape[2:]), rows.reshape(parts * r, length, *x.shape[2:])
+    def cut(x: Array, by: SharedPrefix) -> tuple[Array, Array]:
+        return tuple(y.reshape(-1, *y.shape[2:]) for y in by.cut(x))  # pyright: ignore[reportReturnType]
 
-    (prompt_query, row_query), (prompt_key, row_key), (prompt_value, row_value) = cut(query), cut(key), cut(value)
-    prompt_places, row_places = cut(positions)
-    own = segments.prompt_segments.reshape(parts * n, width)
-    mask = visible(prompt_places, prompt_places, own, own, window)
+    prompt_query, row_query = cut(query, segments)
+    (prompt_key, row_key), (prompt_value, row_value) = cut(key, key_segments), cut(value, key_segments)
+    (prompt_places, row_places), (prompt_key_places, row_key_places) = (
+        cut(places, segments),
+        cut(key_places, key_segments),
+    )
+    ids = [x.prompt_segments.reshape(parts * n, -1) for x in (segments, key_segments)]
+    mask = visible(prompt_places, prompt_key_places, *ids, window)
     prompts = attend(prompt_query, prompt_key, prompt_value, mask, scale, cap)
-    ids = segments.segments.reshape(parts * r, length)
-    own_mask = visible(row_places, row_places, ids, ids, window)
+    ids = [x.segments.reshape(parts * r, -1) for x in (segments, key_segments)]
+    own_mask = visible(row_places, row_key_places, *ids, window)
     # All prompts of the pack lie before each row; a token sees the one that it continues.
-    numbers = jnp.arange(1, n + 1)[:, None] * segments.prompt_segments  # [D, n, P]: 0 in the padding
+    numbers = jnp.arange(1, n + 1)[:, None] * key_segments.prompt_segments  # [D, n, P]: 0 in the padding
     wanted = jnp.where(segments.segments > 0, segments.prompt + 1, -1).reshape(parts, r * length)
-    places = (row_places.reshape(parts, -1), prompt_places.reshape(parts, -1))
-    prompt_mask = visible(*places, wanted, numbers.reshape(parts, -1), window).reshape(parts, r, length, n * width)
-    kv_heads = key.shape[2]
+    between = (row_places.reshape(parts, -1), prompt_key_places.reshape(parts, -1))
+    prompt_mask = visible(*between, wanted, numbers.reshape(parts, -1), window).reshape(parts, r, length, n * width)
     # [D, K, R, G, T, E]: one order for both products, so that their scores meet without being moved.
     grouped = jnp.moveaxis(heads_first(row_query, kv_heads).reshape(parts, r, kv_heads, -1, length, size), 1, 2)
-    own_key, own_value = (jnp.moveaxis(x.reshape(parts, r, length, kv_heads, -1), 3, 1) for x in (row_key, row_value))
+    own_key, own_value = (jnp.moveaxis(x.reshape(parts, r, -1, *x.shape[2:]), 3, 1) for x in (row_key, row_value))
     before_key, before_value = (
         jnp.swapaxes(x.reshape(parts, n * width, kv_heads, -1), 1, 2) for x in (prompt_key, prompt_value)
     )
     factor = scale or size**-0.5
-    before_scores = score(grouped.reshape(parts, kv_heads, -1, size), before_key)
-    own_scores = score(grouped.reshape(parts, kv_heads, r, -1, size), own_key)
+    before_scores = product(score(grouped.reshape(parts, kv_heads, -1, size), before_key))
+    own_scores = product(score(grouped.reshape(parts, kv_heads, r, -1, size), own_key))
     before_scores, own_scores = (x.reshape(*grouped.shape[:-1], -1) for x in (before_scores, own_scores))
-    own_mask = own_mask.reshape(parts, r, length, length)
+    own_mask = own_mask.reshape(parts, r, length, -1)
     before_weights, own_weights = softmax(
         [
             jnp.where(prompt_mask[:, None, :, None], soft_cap(before_scores * factor, cap), MASKED),
             jnp.where(own_mask[:, None, :, None], soft_cap(own_scores * factor, cap), MASKED),
         ]
     )
-    before = mix(before_weights.reshape(parts, kv_heads, -1, n * width).astype(value.dtype), before_value)
-    own = mix(own_weights.reshape(parts, kv_heads, r, -1, length).astype(value.dtype), own_value)
+    before = product(mix(before_weights.reshape(parts, kv_heads, -1, n * width).astype(value.dtype), before_value))
+    own = product(mix(own_weights.reshape(parts, kv_heads, r, -1, own_key.shape[3]).astype(value.dtype), own_value))
     out = (before.reshape(*grouped.shape[:-1], -1) + own.reshape(*grouped.shape[:-1], -1)).transpose(0, 2, 4, 1, 3, 5)
-    return jnp.concatenate([x.reshape(parts, -1, heads, value.shape[-1]) for x in (prompts, out)], axis=1)
+    rows = out.reshape(parts, r, length, heads, -1)
+    return segments.lay(prompts.reshape(parts, n, -1, *prompts.shape[2:]), rows)
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 EMPTY = -1
 
@@ -128,18 +128,43 @@ class SharedPrefix(flax.struct.PyTreeNode):
 
     A prompt's tokens see each other. A token of a row sees those of its own `segment`, and the prompt that `prompt`
     numbers. Both by position too, as everywhere. Segment 0 is padding.
+
+    Where a pack's columns lie over `chunks` devices, the first of them has the first P / chunks tokens of each prompt
+    and the first T / chunks of each row, and so on: `lay` and `cut` go between that order and prompts and rows.
     """
 
     prompt_segments: Int[Array, "D n P"]
     segments: Int[Array, "D r T"]
     prompt: Int[Array, "D r T"]
+    chunks: int = flax.struct.field(pytree_node=False, default=1)
+
+    def lay(self, prompts: Shaped[Array, "D n P *e"], rows: Shaped[Array, "D r T *e"]) -> Shaped[Array, "D X *e"]:
+        """Prompts and rows as the columns of a pack."""
+        if self.chunks == 1:
+            return jnp.concatenate([x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (prompts, rows)], axis=1)
+        parts = [x.reshape(*x.shape[:2], self.chunks, -1, *x.shape[3:]) for x in (prompts, rows)]
+        parts = [jnp.moveaxis(x, 2, 1).reshape(x.shape[0], self.chunks, -1, *x.shape[4:]) for x in parts]
+        both = jnp.concatenate(parts, axis=2)
+        return both.reshape(both.shape[0], -1, *both.shape[3:])
+
+    def cut(self, x: Shaped[Array, "D X *e"]) -> tuple[Shaped[Array, "D n P *e"], Shaped[Array, "D r T *e"]]:
+        """The inverse of `lay`."""
+        (parts, n, width), (_, r, length) = self.prompt_segments.shape, self.segments.shape
+        by_chunk = x.reshape(parts, self.chunks, -1, *x.shape[2:])
+        first = n * width // self.chunks
+
+        def whole(x: Array, rows: int, columns: int) -> Array:
+            if self.chunks > 1:
+                x = jnp.moveaxis(x.reshape(parts, self.chunks, rows, -1, *x.shape[3:]), 1, 2)
+            return x.reshape(parts, rows, columns, *by_chunk.shape[3:])
+
+        return whole(by_chunk[:, :, :first], n, width), whole(by_chunk[:, :, first:], r, length)
 
 
 def real_tokens(segments: SharedPrefix | Int[Array, "R X"]) -> Bool[Array, "R X"]:
     """Where a column holds a token and no padding."""
     if isinstance(segments, SharedPrefix):
-        parts = (segments.prompt_segments, segments.segments)
-        return jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1) != 0
+        return segments.lay(segments.prompt_segments, segments.segments) != 0
     return segments != 0
 
 
@@ -168,15 +193,19 @@ class Pack(flax.struct.PyTreeNode):
         """The hidden states that predict `targets`: with shared prompts, their last ones G times, then the rows'."""
         if not isinstance(self.segments, SharedPrefix):
             return hidden.reshape(*self.targets.shape, hidden.shape[-1])
-        n, width = self.segments.prompt_segments.shape[1:]
-        last = hidden[:, width - 1 : n * width : width]
-        return jnp.concatenate([jnp.repeat(last, self.rows.shape[2], axis=1), hidden[:, n * width :]], axis=1)
+        prompts, rows = self.segments.cut(hidden)
+        last = jnp.repeat(prompts[:, :, -1], self.rows.shape[2], axis=1)
+        return jnp.concatenate([last, rows.reshape(rows.shape[0], -1, rows.shape[-1])], axis=1)
 
 
 def shared_pack(
-    prompts: Int[Array, "D n P"], prompt_lengths: Int[Array, "D n"], tokens: Int[Array, "D n G T"], index: PackIndex
+    prompts: Int[Array, "D n P"],
+    prompt_lengths: Int[Array, "D n"],
+    tokens: Int[Array, "D n G T"],
+    index: PackIndex,
+    chunks: int = 1,
 ) -> Pack:
-    """The pack of some groups: each prompt (padded on the left) once, completions end to end."""
+    """The pack of some groups: each prompt (padded on the left) once, completions end to end; see `SharedPrefix`."""
     parts, n, width = prompts.shape
     _, _, group, length = tokens.shape
     place = jnp.arange(width) - (width - prompt_lengths[..., None])
@@ -189,6 +218,7 @@ def shared_pack(
         prompt_segments=((place >= 0) & (index.groups >= 0)[..., None]).astype(jnp.int32),
         segments=jnp.where(inside, completion + 1, 0).reshape(index.token.shape),
         prompt=owner.reshape(index.token.shape),
+        chunks=chunks,
     )
     following = jnp.concatenate([cells[:, 1:], jnp.full((parts, 1), EMPTY)], axis=1)
     following = jnp.where(following % length > 0, following, EMPTY)  # EMPTY % T is not 0 and stays EMPTY
@@ -197,10 +227,10 @@ def shared_pack(
     before = jnp.where(index.cell == EMPTY, EMPTY, n * group + index.cell - 1)
     first_column = jnp.broadcast_to(jnp.arange(n * group).reshape(n, group), firsts.shape)
     first_column = jnp.where(firsts == EMPTY, EMPTY, first_column)
-    flat = jnp.where(inside, _take(tokens, cells), 0)
+    own, places = (jnp.where(inside, x, 0).reshape(index.token.shape) for x in (_take(tokens, cells), start + t))
     return Pack(
-        tokens=jnp.concatenate([prompts.reshape(parts, -1), flat], axis=1),
-        positions=jnp.concatenate([jnp.maximum(place, 0).reshape(parts, -1), jnp.where(inside, start + t, 0)], axis=1),
+        tokens=segments.lay(prompts, own),
+        positions=segments.lay(jnp.maximum(place, 0), places),
         segments=segments,
         targets=_take(tokens, back),
         rows=jnp.concatenate([first_column[..., None], before[..., 1:]], axis=-1),

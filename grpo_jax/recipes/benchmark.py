@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax import processes
 from grpo_jax.config import (
     CodeConfig,
     Config,
+    DistributedConfig,
     JudgeConfig,
     MeshConfig,
     ModelConfig,
@@ -39,11 +41,11 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.models.runs import find_checkpoint
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, place
+from grpo_jax.parallel import make_mesh, place, scored_rows
 from grpo_jax.recipes.benchmark_report import pass_at_k_table, table, write_reports
 from grpo_jax.recipes.benchmark_scores import scores_of
 from grpo_jax.recipes.evaluate import Evaluator
-from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.loop import Stop, open_terminal
 from grpo_jax.rewards.grading import Grade, Grader
 from grpo_jax.rewards.judging import open_judge
 from grpo_jax.rewards.letters import SCRIPTS, share_in_language
@@ -87,6 +89,7 @@ class Settings:
       dtype: of weights, activations and cache.
       seed: names the samples.
       mesh: how the model is split over devices.
+      distributed: how several processes hear of each other.
       code: of problems that are programs.
       judge: a server that grades problems which no rule can.
       model_judge: a model in this process that does so.
@@ -110,6 +113,7 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     code: CodeConfig = dataclasses.field(default_factory=CodeConfig)
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
     model_judge: ModelJudgeConfig = dataclasses.field(default_factory=ModelJudgeConfig)
@@ -132,7 +136,7 @@ def run(settings: Settings, workdir: pathlib.Path, terminal: Terminal | None = N
     The summary is {'model', 'settings', 'sets': {name: scores}}. Each set's folder keeps samples.jsonl. Raises
     InputError before anything is sampled, and Stopped between batches when the process is asked to end.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or open_terminal()
     settings, run_config = resolved(settings)
     sets = read_sets(settings, run_config)
     grader = open_grader(settings)
@@ -144,11 +148,16 @@ def run(settings: Settings, workdir: pathlib.Path, terminal: Terminal | None = N
         with Stop(None) as stop, terminal:
             drawer = Drawer(settings, model, stop, terminal)
             found = {each.name: _evaluate(each, drawer, grader, workdir / each.name) for each in sets}
+
+            def finish() -> dict[str, Any]:
+                summary = {"model": settings.model, "settings": plain(settings), "sets": found}
+                write_json_atomic(workdir / "summary.json", summary)
+                write_reports(workdir, summary)
+                return summary
+
+            summary = processes.on_first(finish)
     finally:
         grader.close()
-    summary = {"model": settings.model, "settings": plain(settings), "sets": found}
-    write_json_atomic(workdir / "summary.json", summary)
-    write_reports(workdir, summary)
     for headings, rows in (table(found), pass_at_k_table(found)):
         terminal.table(headings, rows)
     terminal.say(f"{workdir / 'report.html'}, report.md, summary.json; completions in each set's samples.jsonl")
@@ -232,7 +241,11 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 
 def check_folder(folder: pathlib.Path, settings: Settings) -> None:
-    """Raises InputError when a folder keeps samples that were drawn otherwise."""
+    """Raises InputError when a folder keeps samples that were drawn otherwise; process 0 looks."""
+    processes.on_first(lambda: _check_folder(folder, settings))
+
+
+def _check_folder(folder: pathlib.Path, settings: Settings) -> None:
     path = folder / "settings.json"
     if not path.is_file():
         return
@@ -248,13 +261,21 @@ def check_folder(folder: pathlib.Path, settings: Settings) -> None:
 def _evaluate(each: ProblemSet, drawer: "Drawer", grader: Grader, folder: pathlib.Path) -> dict[str, Any]:
     """The scores of a set, after what its folder lacks has been drawn."""
     records = drawer.complete(each, grader, folder)
-    scores = {"title": each.title, "kind": each.problems[0]["kind"], **scores_of(each.problems, records, grader.same)}
-    write_json_atomic(folder / "summary.json", scores)
-    return scores
+
+    def scored() -> dict[str, Any]:
+        kind = each.problems[0]["kind"]
+        scores = {"title": each.title, "kind": kind, **scores_of(each.problems, records, grader.same)}
+        write_json_atomic(folder / "summary.json", scores)
+        return scores
+
+    return processes.on_first(scored)
 
 
 class Drawer:
-    """Draws completions of problems, grades and keeps them; the model goes to the devices when it is first needed."""
+    """Draws completions of problems, grades and keeps them; the model goes to the devices when it is first needed.
+
+    Of several processes each grades the completions of its own devices, and the first one keeps them all.
+    """
 
     def __init__(self, settings: Settings, model: LoadedModel, stop: Stop, terminal: Terminal):
         self.settings, self.model, self.stop, self.terminal = settings, model, stop, terminal
@@ -269,20 +290,31 @@ class Drawer:
         """Records of all samples of a set, sorted: those that the folder keeps, and the others drawn now."""
         prompts = self.asked(each.problems)
         digests = [hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16] for ids in prompts.tokens]
-        kept = self._kept(folder, each, digests, grader)
+        kept = processes.on_first(lambda: self._kept(folder, each, digests, grader))
+        have = {key(record) for record in kept}
         opened = [opens_thinking(self.tokenizer.decode(ids.tolist(), skip_special=False)) for ids in prompts.tokens]
-        with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            for batch in self._draw_missing(each, prompts, {key(record) for record in kept}):
-                for record in batch:
-                    record["prompt"] = digests[record["problem"]]
-                    record["opened"] = opened[record["problem"]]
-                graded = self._graded(each, batch, grader)
-                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in graded))
-                file.flush()
-                kept += graded
+        for batch in self._draw_missing(each, prompts, have):
+            for record in batch:
+                record["prompt"] = digests[record["problem"]]
+                record["opened"] = opened[record["problem"]]
+            graded = [record for own in processes.exchange(self._graded_here(each, batch, grader)) for record in own]
+            kept += sorted(graded, key=_place_of)
+            if processes.first():
+                with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in sorted(graded, key=_place_of)))
         wanted = range(len(each.problems))
         mine = (r for r in kept if r["problem"] in wanted and (r["sample"] is None or r["sample"] < each.samples))
-        return sorted(mine, key=lambda record: (record["problem"], record["sample"] is None, record["sample"] or 0))
+        return sorted(mine, key=_place_of)
+
+    def _graded_here(self, each: ProblemSet, records: list[dict[str, Any]], grader: Grader) -> list[dict[str, Any]]:
+        """The records of this process, graded; an InputError of any process is raised by all."""
+        graded, error = [], None
+        try:
+            graded = self._graded(each, records, grader)
+        except InputError as found:
+            error = found
+        processes.raise_any(error)
+        return graded
 
     def asked(self, problems: Sequence[Mapping[str, Any]]) -> PromptSet:
         """The problems' prompts, instruction included, and their tokens."""
@@ -340,7 +372,7 @@ class Drawer:
     def _draw_missing(
         self, each: ProblemSet, prompts: PromptSet, have: set[tuple[int, int | None]]
     ) -> Iterator[list[dict[str, Any]]]:
-        """Batches of records that are not there yet: samples by chunks, then greedy ones."""
+        """Batches of this process' records that are not there yet: samples by chunks, then greedy ones."""
         s, numbers = self.settings, range(len(each.problems))
         jobs: list[tuple[int, int, float, list[int]]] = []  # first sample, how many, temperature, problems
         for first in range(0, each.samples, CHUNK):
@@ -364,20 +396,20 @@ class Drawer:
             step = max(first, 0) // CHUNK
             between = functools.partial(self.stop.check, f"while evaluating {each.name}; all samples are kept")
             rollouts = evaluator.rollouts(self._ready, batches, count, temperature, s.top_p, step, between)
-            for batch in self._records(rollouts, first, count):
-                told.add(batch)
-                fresh = [record for record in batch if key(record) not in have]
-                if fresh:
-                    yield fresh
+            for batch in self._records(rollouts, first, count, told):
+                yield [record for record in batch if key(record) not in have]
 
-    def _records(self, rollouts: Iterator[Any], first: int, count: int) -> Iterator[list[dict[str, Any]]]:
-        """What was drawn, a list a batch; `seconds` is a record's share of its batch's time."""
+    def _records(
+        self, rollouts: Iterator[Any], first: int, count: int, told: "Progress"
+    ) -> Iterator[list[dict[str, Any]]]:
+        """What was drawn on this process' devices, a list a batch; `seconds` is a share of the batch's time."""
         fetch, mark = Fetcher(), time.perf_counter()
         for batch, _, rollout in rollouts:
             tokens, lengths, ended = fetch((rollout.tokens, rollout.lengths, rollout.ended))
             now = time.perf_counter()
             real = int((batch.weight > 0).sum())
             share, mark = (now - mark) / (real * count), now
+            told.add(real * count, int(lengths[: real * count].sum()))
             yield [
                 {
                     "problem": int(batch.row[i // count]),
@@ -387,7 +419,8 @@ class Drawer:
                     "ended": bool(ended[i]),
                     "seconds": round(share, 6),
                 }
-                for i in range(real * count)
+                for i in scored_rows(len(lengths), self._mesh).tolist()
+                if i < real * count
             ]
             mark = time.perf_counter()  # grading is not sampling
 
@@ -396,7 +429,7 @@ class Drawer:
         longest = max(len(ids) for ids in prompts.tokens)
         width = max(NARROWEST, 1 << (longest - 1).bit_length())
         config = dataclasses.replace(self._config, data=dataclasses.replace(self._config.data, max_prompt_length=width))
-        module = Decoder(self.model.architecture, dtype=jnp.dtype(self.settings.dtype))
+        module = Decoder(self.model.architecture, dtype=jnp.dtype(self.settings.dtype), mesh=self._mesh)
         unused = make_optimizer(config.optim, 1), make_schedule(config.optim, 1)
         scorer = Scorer((), (), byte_table([b""]), None, self._mesh, {})
         parts = StepParts(config, module, *unused, scorer, self._mesh, self.tokenizer.end_ids)
@@ -436,6 +469,10 @@ def key(record: Mapping[str, Any]) -> tuple[int, int | None]:
     return record["problem"], record["sample"]
 
 
+def _place_of(record: Mapping[str, Any]) -> tuple[int, bool, int]:
+    return record["problem"], record["sample"] is None, record["sample"] or 0
+
+
 def text_config(settings: Settings, tokenizer: Tokenizer) -> TextConfig:
     """How prompts are put to the model."""
     template = settings.template or ("chat" if tokenizer.chat_template else "plain")
@@ -454,10 +491,10 @@ class Progress:
         self._start = self._told = time.monotonic()
         self._done = self._tokens = 0
 
-    def add(self, batch: Sequence[Mapping[str, Any]]) -> None:
-        """Counts a batch."""
-        self._done += len(batch)
-        self._tokens += sum(record["length"] for record in batch)
+    def add(self, completions: int, tokens: int) -> None:
+        """Counts a batch of all processes."""
+        self._done += completions
+        self._tokens += tokens
         now = time.monotonic()
         if now - self._told > TOLD_EVERY or self._done == self._total:
             speed = self._tokens / max(now - self._start, 1e-9)

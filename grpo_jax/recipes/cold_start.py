@@ -24,7 +24,7 @@ from grpo_jax.parallel import whole
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import fit, read_chats
-from grpo_jax.recipes.supervised import about_base, put_variables, save_adapters, save_model
+from grpo_jax.recipes.supervised import about_base, put_variables, save_adapters, save_model, supervised_decoder
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.step import StepParts
 from grpo_jax.terminal import Terminal
@@ -55,7 +55,7 @@ def make_cold_start(
         terminal.say("cold start: sampling the model for right answers")
         write_samples(config, model, rows["train"], mesh, chats, stop, terminal)
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    module = supervised_decoder(config, model, mesh)
     collections = put_variables(config, model, mesh)
     given = (collections, examples, mesh, folder / "sft", stop, terminal, "cold start", about_base(config, model))
     trained = fit(config, sft, module, *given)
@@ -88,7 +88,12 @@ def write_samples(
         config.data.max_prompt_length,
         lambda given: scorer.columns(np.arange(len(given))),
     )
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype))
+    module = Decoder(
+        model.architecture,
+        dtype=jnp.dtype(config.model.compute_dtype),
+        mesh=mesh,
+        sampling=config.mesh.sampling,
+    )
     parts = StepParts(
         config, module, make_optimizer(config.optim, 1), make_schedule(config.optim, 1), scorer, mesh, tokenizer.end_ids
     )

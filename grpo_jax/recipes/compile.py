@@ -21,7 +21,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.hlo import Collective, Loop, Program, Trips, totals
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import init_cache
-from grpo_jax.parallel import check_batch, partition_spec, path_name
+from grpo_jax.parallel import SAMPLING_DROPS, check_batch, partition_spec, path_name
 from grpo_jax.recipes.plan import Sizes as MeshSizes
 from grpo_jax.recipes.plan import Work, cache_bytes, fits, held, plan_work, sampling_weights, suggestions
 from grpo_jax.recipes.shapes import AbstractStep, abstract_step, host_rewards
@@ -272,7 +272,7 @@ def weight_shapes(step: AbstractStep) -> tuple[set[tuple[int, ...]], set[tuple[i
     A router is left out: it is float32 and whole on purpose.
     """
     mesh, mode = step.parts.mesh, step.parts.config.mesh.sampling
-    drop = {"same": (), "tensor": ("fsdp",), "replicated": ("fsdp", "tensor")}[mode]
+    drop = SAMPLING_DROPS[mode]
     whole, part = set(), set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(step.params)[0]:
         name = path_name(path)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.chips import CHIPS, Chip
 from grpo_jax.config import CodeConfig, Config, cache_folder, from_dict
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import divide
@@ -27,6 +26,7 @@ from grpo_jax.rewards.code import code_reward
 from grpo_jax.sampler.sample import left_positions
 from grpo_jax.sampler.types import Prompts
 from grpo_jax.step import Program, init_state
+from grpo_jax.topology import chip_here
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 GAP = {"cpu": 1e-5, "gpu": 1e-4, "tpu": 1e-4}  # float32 with highest precision; other chips sum in other orders
@@ -117,12 +117,6 @@ def devices(wanted: str = "", count: int = 0, environment: Mapping[str, str] | N
 
 def _extra(name: str) -> str:
     return {"gpu": "cuda12", "tpu": "tpu", "cpu": "cpu"}[name]
-
-
-def chip_here() -> Chip | None:
-    """The chip of the first device, where the table knows it."""
-    kind = jax.devices()[0].device_kind.lower()
-    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def matmul() -> Finding:

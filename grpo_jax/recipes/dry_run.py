@@ -7,17 +7,19 @@ from grpo_jax.config import Config
 from grpo_jax.data.mixture import SET, components_of
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
-from grpo_jax.models.loading import parameter_table
-from grpo_jax.parallel import check_batch, make_mesh, partition_spec, row_shards
+from grpo_jax.parallel import check_batch, check_offload, make_mesh, pack_shards
 from grpo_jax.recipes.grpo import check_inputs, read_rows, show_parameters
+from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.terminal import Terminal
 
 
 def dry_run(config: Config, terminal: Terminal | None = None) -> None:
     """Prints the run's arithmetic; reads data and weights' shapes, so that bad input shows here too."""
     terminal = terminal or Terminal()
+    config = with_mesh(config, terminal)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_offload(config.mesh.offload, mesh)
     o, rows = config.objective, {split: read_rows(config, split, None) for split in ("train", "eval")}
     terminal.announce(
         config.data.prompts_per_step,
@@ -26,7 +28,7 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
         f"{mesh.size} x {jax.devices()[0].device_kind}",
     )
     minibatch = config.completions // o.minibatches
-    shape = pack_shape(config, row_shards(mesh))
+    shape = pack_shape(config, pack_shards(mesh), mesh.shape["sequence"])
     terminal.say(
         f"{o.num_iterations} epochs x {o.minibatches} minibatches of {minibatch} completions, gradient passes over "
         f"{shape.rows * shape.parts} rows of full length; {config.train.steps * o.num_iterations * o.minibatches} "
@@ -60,9 +62,4 @@ def dry_run(config: Config, terminal: Terminal | None = None) -> None:
         )
         terminal.say(f"the base is made in the run; its vocabulary is at most {b.vocabulary}")
         params = jax.eval_shape(lambda: init_params(Decoder(sizes), jax.random.key(0)))
-    table = parameter_table(params)
-    show_parameters(config, params, terminal)
-    for path, shape, _, _ in table:
-        spec = partition_spec(path, shape, mesh)
-        if any(axis and mesh.shape[axis] > 1 for axis in spec):
-            terminal.say(f"{path} is split as {spec}")
+    show_parameters(config, params, mesh, terminal)

@@ -15,7 +15,7 @@ from grpo_jax import processes
 from grpo_jax.data.mixture import SET
 from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
-from grpo_jax.parallel import put_rows, row_sharding
+from grpo_jax.parallel import put_rows, row_sharding, row_shards
 from grpo_jax.rewards.host import Record
 from grpo_jax.rewards.letters import languages_of, share_in_language
 from grpo_jax.rewards.mathematics import verdict_at_once
@@ -109,7 +109,7 @@ class Evaluator:
 
     def problems_at_once(self, completions: int, samples: int) -> int:
         """Problems of a batch of about so many completions, split evenly over the devices."""
-        shards = self.parts.mesh.shape["data"] * self.parts.mesh.shape["fsdp"]
+        shards = row_shards(self.parts.mesh)
         return max(completions // samples // shards, 1) * shards
 
     def rollouts(

@@ -34,11 +34,24 @@ from grpo_jax.models.teacher import load_teacher, open_teacher
 from grpo_jax.models.value import TEACHER
 from grpo_jax.models.weights import StoredLeaf
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import check_batch, make_mesh, place, put_rows, row_sharding, scored_rows, set_up_process, whole
+from grpo_jax.parallel import (
+    axes_text,
+    check_batch,
+    check_offload,
+    make_mesh,
+    mesh_text,
+    place,
+    put_rows,
+    row_sharding,
+    scored_rows,
+    set_up_process,
+    whole,
+)
 from grpo_jax.recipes.base import make_base
 from grpo_jax.recipes.cold_start import make_cold_start
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_stop, open_terminal, open_workdir
+from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.recipes.supervised import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
 from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
@@ -100,8 +113,10 @@ def run(
     """
     began = time.perf_counter()
     terminal = terminal or open_terminal()
+    config = with_mesh(config, terminal)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_offload(config.mesh.offload, mesh)
     check_workdir(workdir, config)
     rows = {split: read_rows(config, split, dataset) for split in ("train", "eval")}
     model = check_inputs(config, rows, mesh, rewards)
@@ -115,7 +130,7 @@ def run(
             config.train.steps,
             f"{mesh.size} x {jax.devices()[0].device_kind}",
         )
-        show_parameters(config, model.params, terminal)
+        show_parameters(config, model.params, mesh, terminal)
         session = Session(parts, prompts, evaluator, workdir, stop, terminal, compiles)
         try:
             state = session.train(model)
@@ -128,10 +143,12 @@ def run(
             parts.scorer.close()
 
 
-def show_parameters(config: Config, params: Mapping[str, Any], terminal: Terminal) -> None:
-    """The parameter table, and what is trained when it is not all of it."""
+def show_parameters(config: Config, params: Mapping[str, Any], mesh: Mesh, terminal: Terminal) -> None:
+    """The parameter table with the axes that the rules give, and what is trained when it is not all of it."""
     rows = parameter_table(params)
-    terminal.parameter_table((path, shape, dtype) for path, shape, dtype, _ in rows)
+    terminal.parameter_table((path, shape, dtype, axes_text(path, shape, mesh)) for path, shape, dtype, _ in rows)
+    if mesh.size > 1:
+        terminal.say(f"mesh: {mesh_text(mesh)}")
     if config.lora.rank:
         trained = sum(
             layers * config.lora.rank * (inputs + outputs)
@@ -255,6 +272,7 @@ def prepare(
         remat=config.model.remat,
         balance=config.optim.routing_bias_rate > 0,
         mesh=mesh,
+        sampling=config.mesh.sampling,
     )
     parts = StepParts(
         config,

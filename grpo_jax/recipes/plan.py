@@ -21,7 +21,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import init_cache
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.parallel import AXES, check_batch, mesh_sizes, partition_spec, path_name
+from grpo_jax.parallel import AXES, SAMPLING_DROPS, check_batch, mesh_sizes, partition_spec, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Memory:
       cast: parameters in the compute dtype, and layers gathered from other devices.
       activations: what the backward pass of a pack keeps.
       logits: of one chunk of positions, forward and backward.
+      fetched: what comes from the host's memory for a use, the optimizer's state or the reference.
     """
 
     masters: float
@@ -55,6 +56,7 @@ class Memory:
     cast: float
     activations: float
     logits: float
+    fetched: float = 0.0
 
     @property
     def arguments(self) -> float:
@@ -69,7 +71,8 @@ class Memory:
     @property
     def training(self) -> float:
         """Temporaries of a gradient pass."""
-        return self.gradient + self.cast + self.activations + self.logits + self.rollout
+        passes = self.cast + self.activations + self.logits
+        return self.gradient + max(passes, self.fetched) + self.rollout
 
     @property
     def temporaries(self) -> float:
@@ -130,17 +133,29 @@ class Sizes:
     data: int
     fsdp: int
     tensor: int
+    expert: int = 1
+    sequence: int = 1
 
     @property
     def rows(self) -> int:
         """Parts that rows are cut into."""
-        return self.data * self.fsdp
+        return self.parts * self.sequence
+
+    @property
+    def parts(self) -> int:
+        """Parts that the packs of gradient passes are cut into, each of which lies over `sequence` devices."""
+        return self.data * self.fsdp * self.expert
 
     @property
     def mesh(self) -> AbstractMesh:
         """For `partition_spec`."""
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = tuple(getattr(self, axis) for axis in AXES)
         return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes_of(config: Config, devices: int) -> Sizes:
+    """The sizes that a config asks for; raises InputError where they are not so many devices."""
+    return Sizes(**dict(zip(AXES, mesh_sizes(config.mesh, devices), strict=True)))
 
 
 def plan(config: Config, architecture: Architecture, topology: Topology) -> Plan:
@@ -150,7 +165,7 @@ def plan(config: Config, architecture: Architecture, topology: Topology) -> Plan
 
 def plan_params(config: Config, architecture: Architecture, topology: Topology, params: Any) -> Plan:
     """`plan` with the parameter tree's shapes at hand."""
-    sizes = Sizes(*mesh_sizes(config.mesh, topology.chips))
+    sizes = sizes_of(config, topology.chips)
     check_batch(config, sizes.mesh)
     memory, work = plan_memory(config, architecture, sizes, params), plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
@@ -168,16 +183,18 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
     dtype = jnp.dtype(config.model.param_dtype)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
     optimizer = jax.eval_shape(make_optimizer(config.optim, 1).init, trainable)
-    shape, compute = pack_shape(config, sizes.rows), jnp.dtype(config.model.compute_dtype).itemsize
+    shape, compute = pack_shape(config, sizes.parts, sizes.sequence), jnp.dtype(config.model.compute_dtype).itemsize
     masters = held(trainable, sizes)
     float32 = held(trainable, sizes, 4)
     kept = config.objective.beta > 0 and not config.lora.rank
+    state = {"optimizer": held(optimizer, sizes), "reference": masters if kept else 0.0}
+    away = {"both": tuple(state)}.get(config.mesh.offload, (config.mesh.offload,))
     critic = masters if config.objective.baseline == "value" and config.ppo.critic == "model" else 0.0
     return Memory(
         masters=masters + critic,
         frozen=held({**frozen, **abstract_teacher(config)}, sizes),
-        optimizer=held(optimizer, sizes) * (2 if critic else 1),
-        reference=masters if kept else 0.0,
+        optimizer=0.0 if "optimizer" in away else state["optimizer"] * (2 if critic else 1),
+        reference=0.0 if "reference" in away else state["reference"],
         sampling_weights=sampling_weights(config, sizes, params),
         cache=cache_bytes(config, a, sizes),
         prefill=_prefill(config, a, sizes, compute),
@@ -186,6 +203,7 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
         cast=_cast(config, a, sizes, params, compute),
         activations=_activations(config, a, sizes, shape, compute),
         logits=_logits(config, a, sizes, shape),
+        fetched=max((state[name] for name in away if name in state), default=0.0),
     )
 
 
@@ -201,7 +219,7 @@ def held(tree: Any, sizes: Sizes, width: int = 0, drop: tuple[str, ...] = ()) ->
 
 def sampling_weights(config: Config, sizes: Sizes, params: Any) -> float:
     """Bytes of the policy as sampling reads it: cast, laid out by `mesh.sampling`, beside what is frozen as int8."""
-    drop = {"same": (), "tensor": ("fsdp",), "replicated": ("fsdp", "tensor")}[config.mesh.sampling]
+    drop = SAMPLING_DROPS[config.mesh.sampling]
     compute, quantised = jnp.dtype(config.model.compute_dtype).itemsize, config.lora.rank > 0
     total = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -248,7 +266,7 @@ def plan_work(config: Config, a: Architecture, sizes: Sizes, params: Any) -> Wor
     whole = forward(times * width, width / 2, 0) + forward(rows * length, width + length / 2, rows * length)
     fixed = whole * ((o.beta > 0) + (o.correction != "none" or o.top_entropy_quantile < 1))
     passes = 3 + (config.model.remat == "full") + (config.model.logits_chunk > 0) * _head_share(weights, head)
-    shape = pack_shape(config, sizes.rows)
+    shape = pack_shape(config, sizes.parts, sizes.sequence)
     slots = min(s.slots or rows, rows)
     turns = length - 1 if slots == rows else math.ceil(rows / slots) * length
     return Work(prefill, decode, fixed, whole * passes * o.num_iterations, turns, packs(config, sizes, shape))
@@ -256,7 +274,7 @@ def plan_work(config: Config, a: Architecture, sizes: Sizes, params: Any) -> Wor
 
 def packs(config: Config, sizes: Sizes, shape: PackShape) -> int:
     """Gradient passes of a minibatch on each device where every completion is full."""
-    groups = config.completions // sizes.rows // shape.group // config.objective.minibatches
+    groups = config.completions // sizes.parts // shape.group // config.objective.minibatches
     return math.ceil(groups / min(max(shape.rows // shape.group, 1), shape.prompts))
 
 
@@ -320,7 +338,8 @@ def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape
     query = heads * a.head_size
     inner = tokens * compute * (4 * a.width + 4 * query + 4 * a.mlp_width / sizes.tensor) + scores * (4 + compute)
     kept = tokens * a.width * compute
-    if config.model.remat == "full":
+    inner, kept = inner / sizes.sequence, kept / sizes.sequence
+    if config.model.remat in ("full", "offload_dot_with_no_batch_dims"):
         return a.layers * kept + 1.5 * inner
     return a.layers * (inner + kept)
 
@@ -330,8 +349,8 @@ def _logits(config: Config, a: Architecture, sizes: Sizes, shape: PackShape) -> 
     positions = shape.rows * config.sampler.max_new_tokens
     chunk = config.model.logits_chunk
     if chunk:
-        positions = min(positions, max(chunk / sizes.rows, 1))
-    return positions * a.vocabulary / sizes.tensor * 4 * 3
+        positions = min(positions, max(chunk / sizes.parts, 1))
+    return positions / sizes.sequence * a.vocabulary / sizes.tensor * 4 * 3
 
 
 # Changes that save memory, and what they cost; each is tried where it changes anything.
@@ -343,6 +362,7 @@ CHANGES: tuple[tuple[str, str, Any, str], ...] = (
     ("optim", "moment_dtype", "bfloat16", "rounding of Adam's first moment"),
     ("optim", "name", "adafactor", "another optimizer"),
     ("objective", "beta", 0.0, "no KL to a reference"),
+    ("mesh", "offload", "both", "optimizer and reference come over the host's bus"),
     ("mesh", "sampling", "tensor", "weights of sampling are split over tensor alone"),
     ("mesh", "sampling", "same", "weights of sampling are gathered where fsdp splits them"),
     ("lora", "rank", 16, "adapters are trained, not all parameters"),
@@ -365,7 +385,7 @@ def suggestions(config: Config, architecture: Architecture, topology: Topology, 
         if saved > 0.01 * before:
             found.append((saved, f"{written} saves {saved / GIB:,.2f} GiB a device ({cost})"))
     bigger = dataclasses.replace(topology, shape=(*topology.shape[:-1], 2 * topology.shape[-1]))
-    sizes = Sizes(*mesh_sizes(config.mesh, topology.chips))
+    sizes = sizes_of(config, topology.chips)
     mesh = dataclasses.replace(config.mesh, data=sizes.data, fsdp=2 * sizes.fsdp, tensor=sizes.tensor)
     prompts = max(config.data.prompts_per_step, sizes.data * mesh.fsdp)
     data = dataclasses.replace(config.data, prompts_per_step=prompts)
@@ -389,7 +409,7 @@ def _changes(config: Config, topology: Topology) -> list[tuple[Config, str, str]
 
     for change in CHANGES:
         add(*change)
-    rows = pack_shape(config, Sizes(*mesh_sizes(config.mesh, topology.chips)).rows)
+    rows = pack_shape(config, sizes_of(config, topology.chips).parts)
     if rows.rows > rows.group:
         least = rows.parts * rows.group
         add("objective", "micro_batch_size", max(least, rows.rows * rows.parts // 2), "smaller gradient passes")
@@ -397,7 +417,8 @@ def _changes(config: Config, topology: Topology) -> list[tuple[Config, str, str]
     if slots // 2 >= rows.parts and slots // 2 % rows.parts == 0:
         add("sampler", "slots", slots // 2, "more decode passes")
     tensor = config.mesh.tensor if config.mesh.tensor > 0 else 1
-    spread = dataclasses.replace(config.mesh, data=1, fsdp=topology.chips // tensor)
+    others = tensor * max(config.mesh.expert, 1) * max(config.mesh.sequence, 1)
+    spread = dataclasses.replace(config.mesh, data=1, fsdp=topology.chips // others)
     if spread != config.mesh and topology.chips > tensor:
         changed = dataclasses.replace(config, mesh=spread)
         made.append((changed, f"--config.mesh.data=1 --config.mesh.fsdp={spread.fsdp}", "layers are gathered"))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_jax import processes
 from grpo_jax.data.benchmarks import FIELD, prompts_of
 from grpo_jax.data.chats import CHATS, edited_summary, write_chats
 from grpo_jax.data.filters import (
@@ -38,7 +39,7 @@ from grpo_jax.recipes.benchmark import (
     read_sets,
     resolved,
 )
-from grpo_jax.recipes.loop import Stop
+from grpo_jax.recipes.loop import Stop, open_terminal
 from grpo_jax.recipes.summaries import SummaryConfig, check_summaries, summarise
 from grpo_jax.rewards.grading import Grader
 from grpo_jax.terminal import Terminal
@@ -78,14 +79,14 @@ def run(
     Chats that somebody has edited are gone on with, as long as the options are the same. Raises InputError before
     anything is sampled and where nothing is left, Stopped between batches.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or open_terminal()
     settings, run_config = resolved(dataclasses.replace(settings, greedy=False))
     if not settings.sets:
         raise InputError(f"{FIELD}: name the prompts: {FIELD} jsonl=FILE.jsonl, or train, a run's own")
     check(rejection)
     check_summaries(rejection.summary, settings.judge)
     options = {"settings": plain(settings), "rejection": json.loads(json.dumps(dataclasses.asdict(rejection)))}
-    if (edited := edited_summary(workdir, options)) is not None:
+    if (edited := processes.on_first(lambda: edited_summary(workdir, options))) is not None:
         terminal.say(f"{workdir / CHATS}: edited since it was written, {edited['chats']['rows']} chats: used as it is")
         return edited
     sets = read_sets(settings, run_config)
@@ -108,7 +109,8 @@ def run(
         reasons = ", ".join(f"{name} {count}" for name, count in kept.dropped.items() if count)
         raise InputError(f"none of {len(rows)} completions is kept ({reasons}): draw more --samples or loosen a filter")
     summary = summary_of(rows, kept) | {"model": settings.model, **options}
-    summary = write_chats(workdir, [chat(row) for row in kept.rows], summary)
+    chats = [chat(row) for row in kept.rows]
+    summary = processes.on_first(lambda: write_chats(workdir, chats, summary))
     tell(summary, terminal, workdir / CHATS)
     return summary
 

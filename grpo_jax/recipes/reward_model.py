@@ -199,7 +199,7 @@ def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None)
         raise InputError(f"config: lora.rank={config.lora.rank}: a reward model is trained whole; set lora.rank=0")
     model, mesh = open_model(config, given, "reward_model")
     rows, held = read_splits(config, model.tokenizer)
-    module, stop = open_run(config, model, workdir)
+    module, stop = open_run(config, model, mesh, workdir)
     kind = "pairs" if len(rows[0][0]) == 2 else "points"
     terminal.say(f"{len(rows)} {kind}, {len(held)} held out; {given.batch_size} a step, {given.steps} steps")
     with stop, terminal:

@@ -15,13 +15,13 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import row_sharding, shardings
+from grpo_jax.parallel import row_sharding
 from grpo_jax.rewards.reward_model import MODEL_REWARDS
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.rewards.verifiers import REWARDS
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.sampler.types import Prompts, RowRewards
-from grpo_jax.step import Program, StepParts, TrainState, init_state
+from grpo_jax.step import Program, StepParts, TrainState, init_state, state_layout
 
 TOKEN_BYTES = 16  # a token's longest text, where no tokenizer is read
 
@@ -56,7 +56,7 @@ def abstract_step(config: Config, mesh: Mesh, architecture: Architecture) -> Abs
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
     frozen = {**frozen, **abstract_teacher(config)}
     state = jax.eval_shape(lambda t, f: init_state(parts, t, f, bool(config.lora.rank)), trainable, frozen)
-    return AbstractStep(parts, placed(state, shardings(state, mesh)), _prompts(parts), params)
+    return AbstractStep(parts, placed(state, state_layout(parts, state)), _prompts(parts), params)
 
 
 def placed(tree: Any, layout: Any) -> Any:
@@ -87,6 +87,7 @@ def step_parts(config: Config, mesh: Mesh, architecture: Architecture) -> StepPa
         remat=config.model.remat,
         balance=config.optim.routing_bias_rate > 0,
         mesh=mesh,
+        sampling=config.mesh.sampling,
     )
     optimizer, schedule = make_optimizer(config.optim, updates), make_schedule(config.optim, updates)
     stops = stop_table(config.sampler.stop, token_bytes)

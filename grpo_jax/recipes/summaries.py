@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_jax import processes
 from grpo_jax.config import JudgeConfig
 from grpo_jax.data.filters import FilterConfig, Filtered, filter_completions, prompt_text
 from grpo_jax.errors import InputError
@@ -186,7 +187,7 @@ def _summaries(
         for row in rows
     ]
     if config.by == "judge":
-        replies = ask_server(asked, settings.judge, workdir / "summaries.jsonl")
+        replies = processes.on_first(lambda: ask_server(asked, settings.judge, workdir / "summaries.jsonl"))
     else:
         replies = ask_model(asked, config, settings, workdir / "summaries", stop, terminal)
     return [after_thought(reply) if "</think>" in reply else reply.strip() for reply in replies]

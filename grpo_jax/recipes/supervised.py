@@ -36,7 +36,20 @@ from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.models.lora import ADAPTERS, fingerprint, merge, split_variables
 from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.parallel import make_mesh, place, put_rows, replicated, row_sharding, row_shards, shardings, whole
+from grpo_jax.parallel import (
+    check_offload,
+    in_host_memory,
+    make_mesh,
+    moved,
+    place,
+    put_rows,
+    replicated,
+    row_axes,
+    row_sharding,
+    row_shards,
+    shardings,
+    whole,
+)
 from grpo_jax.recipes.loop import Loop, Stop, check_base, open_stop, open_terminal, open_workdir
 from grpo_jax.terminal import Terminal
 from grpo_jax.text import Tokenizer
@@ -71,13 +84,18 @@ def supervised_program(
     def make(trainable: Any) -> SupervisedState:
         return SupervisedState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
 
+    away = config.mesh.offload in ("optimizer", "both")
     shapes = jax.eval_shape(make, trainable)
     layout = shardings(shapes, mesh)
+    if away:
+        layout = layout.replace(opt_state=in_host_memory(shapes.opt_state, layout.opt_state))
 
     def step(fixed: Any, state: SupervisedState, batch: Any) -> tuple[SupervisedState, dict[str, Mean], None]:
         with jax.default_matmul_precision(config.model.matmul_precision):
             gradient, means = jax.grad(loss, has_aux=True)(state.trainable, fixed, batch)
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+            before = moved(state.opt_state, mesh, to_host=False) if away else state.opt_state
+            changes, opt_state = optimizer.update(gradient, before, state.trainable)
+            opt_state = moved(opt_state, mesh, to_host=True) if away else opt_state
         means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
         changed = optax.apply_updates(state.trainable, changes)
         return SupervisedState(step=state.step + 1, trainable=changed, opt_state=opt_state), means, None
@@ -150,19 +168,26 @@ def open_model(config: Config, options: Options, name: str) -> tuple[LoadedModel
     if not config.model.path:
         raise InputError("config: model.path='' names no model to train")
     mesh = make_mesh(config.mesh)
+    check_offload(config.mesh.offload, mesh)
     if options.batch_size % row_shards(mesh):
         raise InputError(
             f"config: {name}.batch_size={options.batch_size} must divide by the {row_shards(mesh)} devices of "
-            "mesh.data x mesh.fsdp"
+            f"{row_axes(mesh)}"
         )
     model = load_model(config.model.path, keep_adapters=config.lora.rank > 0)
     return dataclasses.replace(model, tokenizer=model.tokenizer.with_end_tokens(config.text.end_tokens)), mesh
 
 
-def open_run(config: Config, model: LoadedModel, workdir: pathlib.Path) -> tuple[Decoder, Stop]:
+def supervised_decoder(config: Config, model: LoadedModel, mesh: Mesh) -> Decoder:
+    """The decoder that is trained."""
+    dtype = jnp.dtype(config.model.compute_dtype)
+    return Decoder(model.architecture, dtype=dtype, remat=config.model.remat, mesh=mesh, sampling=config.mesh.sampling)
+
+
+def open_run(config: Config, model: LoadedModel, mesh: Mesh, workdir: pathlib.Path) -> tuple[Decoder, Stop]:
     """The decoder, and what ends the run when its time is up; the workdir becomes this run's."""
     open_workdir(workdir, config)
-    module = Decoder(model.architecture, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat)
+    module = supervised_decoder(config, model, mesh)
     return module, open_stop(config, workdir)
 
 
@@ -183,7 +208,7 @@ def train_on_rows(
     terminal = terminal or open_terminal()
     model, mesh = open_model(config, options, name)
     rows = read(options.path, config.text, model.tokenizer, options.max_length)
-    module, stop = open_run(config, model, workdir)
+    module, stop = open_run(config, model, mesh, workdir)
     epochs = options.epochs if isinstance(options, SftConfig) else 0
     span = f"{epochs} epochs" if epochs else f"{options.steps} steps"
     terminal.say(f"{len(rows)} rows, {options.batch_size} a step, {span}")

@@ -20,6 +20,7 @@ from grpo_jax.parallel import check_batch, make_mesh
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_rows, starting_model
 from grpo_jax.recipes.loop import Stop, open_workdir
+from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.rewards.letters import languages_of
 from grpo_jax.rewards.model_judge import open_model_judge, read_verdicts
 from grpo_jax.rewards.reward_model import (
@@ -255,6 +256,7 @@ def probe(
     `workdir`, where the run will find it, or in a folder that is removed again.
     """
     terminal = terminal or Terminal()
+    config = with_mesh(config, terminal)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     rows = {split: read_rows(config, split, None) for split in ("train", "eval")}

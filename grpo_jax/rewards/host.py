@@ -23,14 +23,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax import processes
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import ROW_AXES
 from grpo_jax.rewards.pool import LOADING, Pool, Pooled
 from grpo_jax.rewards.worker import KEYWORDS, Reply, TrainerState, invoke, short
 
 # Between callback and program, +inf says that a reward does not apply and NaN that it failed; none may return them.
 NOT_APPLICABLE = np.float32(np.inf)
 FAILED = np.float32(np.nan)
-# Mesh axes over which completions are split; the others hold copies of them.
-ROW_AXES = ("data", "fsdp")
 # Numbers in an argument of a callback on CPU devices: 64 KiB.
 CPU_PIECE = 16384
 
@@ -367,9 +366,9 @@ def score_in_program(
 ) -> HostScores:
     """(values, valid, failed) of host rewards inside a traced program, each completion scored once on any mesh.
 
-    Functions are called with the completions for which `asked` is 1 (None: with all).
-    B must divide by the data x fsdp devices. Manual over all mesh axes: a bare callback on a sharded batch would gather
-    everything to one device, and an ungated one would score again on each tensor replica.
+    Functions are called with the completions for which `asked` is 1 (None: with all). B must divide by the devices that
+    rows are split over. Manual over all mesh axes: a bare callback on a sharded batch would gather everything to one
+    device, and an ungated one would score again on each tensor replica.
     """
     rows_over = tuple(name for name in mesh.axis_names if name in ROW_AXES)
     copied_over = tuple(name for name in mesh.axis_names if name not in ROW_AXES)

@@ -22,7 +22,7 @@ from grpo_jax.config import ModelConfig, ModelJudgeConfig, SamplerConfig, TextCo
 from grpo_jax.errors import InputError
 from grpo_jax.models.decoder import Decoder, DecoderModule, unstack
 from grpo_jax.models.families import read_config
-from grpo_jax.parallel import constrain_rows
+from grpo_jax.parallel import constrain_rows, row_shards
 from grpo_jax.rewards.verifiers import WHITESPACE, ByteTable, completion_bytes
 from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.types import Prompts, Rollout
@@ -82,7 +82,7 @@ class ModelJudge:
             jax.random.key(0),  # greedy: nothing is drawn
             self.sampler,
             self.end_ids,
-            shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+            shards=row_shards(self.mesh),
             constrain=lambda tree: constrain_rows(tree, self.mesh),
         )
 

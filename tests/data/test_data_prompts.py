@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from grpo_jax import processes
 from grpo_jax.data import prompts
 from grpo_jax.errors import InputError
 
@@ -40,6 +41,33 @@ def test_bad_prompt_sets_are_refused():
         prompts.build_prompt_set([{"prompt": "a"}, {"prompt": ""}], encode, 5, lambda rows: {})
     with pytest.raises(ValueError, match="'short' has shape"):
         prompts.build_prompt_set(rows, encode, 10, lambda rows: {"short": np.zeros(3)})
+
+
+def test_each_process_encodes_its_share_and_what_it_draws(monkeypatch):
+    """Process 1 of 2: the other one says how long its prompts are; what it cannot encode is an error of both."""
+    rows = [{"prompt": "x" * (1 + i % 4), "answer": str(i)} for i in range(7)]
+    asked, told, wrong = [], [], [None]
+
+    def counting(text):
+        asked.append(text)
+        return encode(text)
+
+    def exchange(value):
+        told.append(value)
+        other = wrong[0] if len(told) % 2 else [len(row["prompt"]) for row in rows[::2]]
+        return [other, value]
+
+    for name, value in (("number", lambda: 1), ("count", lambda: 2), ("exchange", exchange)):
+        monkeypatch.setattr(processes, name, value)
+    made = prompts.build_prompt_set(rows, counting, 4, answers)
+    assert told == [None, [2, 4, 2]] and len(asked) == 3
+    batch = prompts.make_batch(made, 0, 4, 0, False, 4, np.array([0, 1]))
+    assert batch.lengths.tolist() == [1, 2] and len(asked) == 4  # row 0 anew, row 1 was its own
+    with pytest.raises(InputError, match="row 3 .* has 4 tokens"):
+        prompts.build_prompt_set(rows, counting, 3, answers)
+    wrong[0] = "of process 0"
+    with pytest.raises(InputError, match="of process 0"):
+        prompts.build_prompt_set(rows, counting, 4, answers)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1319])

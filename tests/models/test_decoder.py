@@ -174,18 +174,26 @@ def test_adapters_of_zero_are_the_base_and_others_the_merged_kernels():
 
 
 def test_recomputing_in_the_backward_changes_no_gradient():
-    params, inputs = tiny.params(ONE_LAYER), left_padded()
-    weights = np.random.default_rng(4).normal(size=(B, S, tiny.VOCABULARY)) * (inputs[2] == 1)[..., None]
+    """By name of the policy, each keeps less than the one before."""
+    of = tiny.architecture(layers=4)
+    params, tokens = tiny.params(of), np.random.default_rng(4).integers(0, tiny.VOCABULARY, (2, 64))
+    inputs = (tokens, np.broadcast_to(np.arange(64), tokens.shape), np.ones_like(tokens))
+    weights = np.random.default_rng(4).normal(size=(*tokens.shape, tiny.VOCABULARY))
+    bytes_held, products, gradients = [], [], []
+    for remat in ("none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full"):
 
-    def gradient(remat):
-        def loss(params):
-            return jnp.sum(logits_of(ONE_LAYER, remat=remat)({"params": params}, *inputs) * weights)
+        def loss(params, remat=remat):
+            return jnp.sum(logits_of(of, remat=remat)({"params": params}, *inputs) * weights)
 
-        return jax.jit(jax.grad(loss)).lower(params)
-
-    plain, remade = gradient("none"), gradient("full")
-    assert plain.as_text().count("dot_general") < remade.as_text().count("dot_general")
-    jax.tree.map(close, remade.compile()(params), plain.compile()(params))
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        products.append(lowered.as_text().count("dot_general"))
+        compiled = lowered.compile()
+        bytes_held.append(compiled.memory_analysis().temp_size_in_bytes)
+        gradients.append(compiled(params))
+    assert products == sorted(products) and len(set(products)) >= 3
+    assert bytes_held == sorted(bytes_held, reverse=True) and len(set(bytes_held)) == 4, bytes_held
+    for gradient in gradients[1:]:
+        jax.tree.map(close, gradient, gradients[0])
 
 
 def test_bfloat16_computes_near_float32_with_float32_logits():

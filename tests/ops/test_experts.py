@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from grpo_jax.ops.experts import load_excess, mix_experts, report_excess, route
+from grpo_jax.config import MeshConfig
+from grpo_jax.ops.experts import load_excess, mix_experts, mix_experts_on, report_excess, route
+from grpo_jax.parallel import PACK_AXES, make_mesh
+from grpo_jax.parallel import ROWS as ROWS_OF_SAMPLING
 
 RANDOM = np.random.default_rng(0)
 ROWS, WIDTH, INNER, COUNT = 9, 6, 5, 8
@@ -113,3 +117,32 @@ def test_loads_arrive_as_the_gradient_of_the_bias():
     by_weights, by_bias = pull(weights * 9)
     np.testing.assert_array_equal(by_weights, weights * 9)
     np.testing.assert_array_equal(by_bias, excess)
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["weights_gathered", "rows_gathered"])
+def test_experts_over_devices_are_those_of_one_device(sampling):
+    """Rows, features, widths and experts split in two each; two experts are chosen by half of all rows."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    random = np.random.default_rng(7)
+    x, slope = (random.normal(size=(4, 2, WIDTH)).astype(np.float32) for _ in range(2))
+    experts = random.integers(0, COUNT, (4, 2, 2))
+    experts[:2] = [5, 2]
+    weights = random.uniform(0.1, 1, experts.shape).astype(np.float32)
+    rows, drop = (ROWS_OF_SAMPLING, ()) if sampling else (PartitionSpec(PACK_AXES), ("fsdp",))
+
+    def spread(x, weights, kernels):
+        return mix_experts_on(mesh, rows, drop, (x, jnp.asarray(experts), weights), kernels, jnp.tanh)
+
+    def alone(x, weights, kernels):
+        flat = [a.reshape(8, -1) for a in (x, experts, weights)]
+        return mix_experts(flat[0], jnp.asarray(flat[1]), flat[2], kernels, jnp.tanh).reshape(x.shape)
+
+    def both(mix):
+        def total(*given):
+            out = mix(*given)
+            return jnp.sum(out * slope), out
+
+        (_, out), gradient = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(x, weights, KERNELS)
+        return out, gradient
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), both(spread), both(alone))

@@ -15,6 +15,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.ops.logprobs import token_logps
 from grpo_jax.ops.packing import (
     EMPTY,
+    SharedPrefix,
     gather_groups,
     move,
     pack_groups,
@@ -107,6 +108,21 @@ def batch():
     prompts = random.integers(0, tiny.VOCABULARY, (D, N, P)).astype(np.int32)
     tokens = random.integers(0, tiny.VOCABULARY, (D, N, G, T)).astype(np.int32)
     return lengths, prompt_lengths, prompts, tokens
+
+
+def test_columns_in_chunks_hold_a_part_of_every_prompt_and_row():
+    random = np.random.default_rng(1)
+    prompts, rows = random.normal(size=(2, 3, 4, 5)), random.normal(size=(2, 2, 6, 5))
+    ids = [np.ones(x.shape[:3], np.int32) for x in (prompts, rows)]
+    for chunks in (1, 2):
+        pack = SharedPrefix(ids[0], ids[1], ids[1], chunks)
+        laid = np.asarray(pack.lay(prompts, rows))
+        assert laid.shape == (2, 3 * 4 + 2 * 6, 5)
+        for first, back in zip((prompts, rows), pack.cut(laid), strict=True):
+            np.testing.assert_array_equal(back, first.astype(np.float32))
+    halves = laid.reshape(2, 2, -1, 5)
+    np.testing.assert_allclose(halves[:, 0, :6], prompts[:, :, :2].reshape(2, 6, 5))
+    np.testing.assert_allclose(halves[:, 1, 6:], rows[:, :, 3:].reshape(2, 6, 5))
 
 
 @functools.cache

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import make_mesh
 from grpo_jax.rewards.host import HostRewards, Progress, decoded, score_in_program
 from grpo_jax.rewards.pool import Pool, Pooled
 
@@ -39,9 +41,9 @@ def one_call(host):
     return host.call(*(part[:4] for part in batch()))
 
 
-def make_mesh(shape):
+def mesh_of(shape):
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return make_mesh(MeshConfig(*shape), devices)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -55,7 +57,7 @@ def test_each_completion_is_scored_once_on_every_mesh(shape):
     def level(completions, level):
         return [None if x == 3 else x for x in level]
 
-    host, mesh = host_of(length, level), make_mesh(shape)
+    host, mesh = host_of(length, level), mesh_of(shape)
     over_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     row, tokens, lengths = batch()
 
@@ -150,7 +152,7 @@ def test_a_bad_reward_in_one_shard_does_not_hang_the_program(shape, kind):
             return raises(completions) if kind == "raises" else hangs(completions)
         return [1.0] * len(completions)
 
-    host, mesh = host_of(bad_at_row_0, timeout=0.2), make_mesh(shape)
+    host, mesh = host_of(bad_at_row_0, timeout=0.2), mesh_of(shape)
     begin = time.perf_counter()
     program = jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))
     values, valid, failed = jax.device_get(program(*batch()))
@@ -302,13 +304,13 @@ def test_rewards_run_one_at_a_time():
         inside.pop()
         return [0.0] * len(completions)
 
-    host, mesh = host_of(counts), make_mesh((8, 1, 1))
+    host, mesh = host_of(counts), mesh_of((8, 1, 1))
     jax.block_until_ready(jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))(*batch()))
     assert len(most) == 8 and max(most) == 1
 
 
 def test_large_batches_do_not_deadlock():
-    host, mesh = host_of(lambda completions: [1.0] * len(completions)), make_mesh((8, 1, 1))
+    host, mesh = host_of(lambda completions: [1.0] * len(completions)), mesh_of((8, 1, 1))
     host.decode = lambda ids: ""
     tokens = np.zeros((64, 16384), np.int32)
     program = jax.jit(lambda *inputs: score_in_program(host, mesh, *inputs))

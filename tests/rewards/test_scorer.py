@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
-from grpo_jax.config import RewardsConfig
+from grpo_jax.config import MeshConfig, RewardsConfig
 from grpo_jax.errors import InputError
+from grpo_jax.parallel import make_mesh
 from grpo_jax.rewards.pool import Pooled
 from grpo_jax.rewards.reward_model import MODEL_REWARDS
 from grpo_jax.rewards.scorer import HOST_REWARDS, build_scorer, load_function
@@ -39,7 +39,7 @@ def decode(ids):
 
 def mesh_of(*shape):
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return make_mesh(MeshConfig(*shape), devices)
 
 
 def build(names, weights=None, callables=None, rows=ROWS, mesh=None, timeout=10.0):
