@@ -38,7 +38,8 @@ class Memory:
       prefill: activations of the prompts, and what a decode step has besides.
       rollout: tokens, log-probabilities and noise, which outlive sampling.
       gradient: the sum over packs, and that of one pack.
-      cast: parameters in the compute dtype, and layers gathered from other devices.
+      cast: parameters in the compute dtype.
+      gathered: whole layers, or the whole output matrix, brought from other devices, and their gradient.
       activations: what the backward pass of a pack keeps.
       logits: of one chunk of positions, forward and backward.
     """
@@ -53,6 +54,7 @@ class Memory:
     rollout: float
     gradient: float
     cast: float
+    gathered: float
     activations: float
     logits: float
 
@@ -69,7 +71,7 @@ class Memory:
     @property
     def training(self) -> float:
         """Temporaries of a gradient pass."""
-        return self.gradient + self.cast + self.activations + self.logits + self.rollout
+        return self.gradient + self.cast + self.gathered + self.activations + self.logits + self.rollout
 
     @property
     def temporaries(self) -> float:
@@ -183,7 +185,8 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
         prefill=_prefill(config, a, sizes, compute),
         rollout=_rollout(config, sizes),
         gradient=2 * float32,
-        cast=_cast(config, a, sizes, params, compute),
+        cast=held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0,
+        gathered=_gathered(config, a, sizes, params, compute),
         activations=_activations(config, a, sizes, shape, compute),
         logits=_logits(config, a, sizes, shape),
     )
@@ -301,11 +304,18 @@ def _rollout(config: Config, sizes: Sizes) -> float:
     return rows * (length * 4 * 12 + config.data.max_prompt_length * 4 * 2)
 
 
-def _cast(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
-    """Parameters in the compute dtype, and two layers gathered over fsdp."""
-    cast = held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0
-    layer = held(params, sizes, compute, ("fsdp",)) / a.layers
-    return cast + (2 * layer if sizes.fsdp > 1 else 0.0)
+def _gathered(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
+    """What fsdp gathers at once: two layers (one in use, one on its way) and one's gradient before it is scattered.
+
+    Or, where that is more, the output matrix and its float32 gradient.
+    """
+    if sizes.fsdp == 1:
+        return 0.0
+    stacks = {name: tree for name, tree in params.items() if name.startswith("stack_")}
+    layer = held(stacks, sizes, 1, ("fsdp",)) / a.layers
+    head = a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
+    width = 0 if config.lora.rank else 4
+    return max(layer * (2 * compute + width), head * (compute + width))
 
 
 def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape, compute: int) -> float:
