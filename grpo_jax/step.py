@@ -36,6 +36,7 @@ from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy
 from grpo_jax.ops.packing import Pack
 from grpo_jax.optimizer import move_routing_biases, split_routing_biases
 from grpo_jax.parallel import (
+    by_vocabulary,
     constrain_rows,
     path_name,
     replicated,
@@ -313,13 +314,17 @@ def completion_logps(
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probability and entropy at the sampling temperature of each completion token, a row a completion."""
     hidden = completion_hidden(parts, variables, pack) if hidden is None else hidden
-    laws = token_logps(hidden, unembedding(parts.module, variables), pack.targets, **law_options(parts))
+    laws = token_logps(hidden, unembedding(parts, variables), pack.targets, **law_options(parts))
     return by_row(pack, laws[0]), by_row(pack, laws[1])
 
 
-def unembedding(module: DecoderModule, variables: dict[str, Any]) -> Callable[[Array], Array]:
-    """From hidden states to logits."""
-    return lambda hidden: module.apply(variables, hidden, method="logits")
+def unembedding(parts: StepParts, variables: dict[str, Any]) -> Callable[[Array], Array]:
+    """From hidden states [R, t, D] to logits."""
+
+    def logits(hidden: Array) -> Array:
+        return parts.module.apply(variables, hidden, method="logits")
+
+    return by_vocabulary(logits, parts.mesh, parts.module.architecture.vocabulary)
 
 
 def law_options(parts: StepParts) -> dict[str, Any]:
@@ -345,9 +350,9 @@ def distilled_laws(
     taught, frozen = teacher_of(parts, variables)
     laws = distilled_logps(
         hidden,
-        unembedding(parts.module, variables),
+        unembedding(parts, variables),
         jax.lax.stop_gradient(completion_hidden(taught, frozen, pack)),
-        unembedding(taught.module, frozen),
+        unembedding(taught, frozen),
         pack.targets,
         **law_options(parts),
     )
