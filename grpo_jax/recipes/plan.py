@@ -329,11 +329,20 @@ def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape
     scores = shape.rows * heads * width * seen
     scores += shape.prompts * heads * prompt * prompt if shape.shared else 0
     query = heads * a.head_size
-    inner = tokens * compute * (4 * a.width + 4 * query + 4 * a.mlp_width / sizes.tensor) + scores * (4 + compute)
+    inner = tokens * compute * (4 * a.width + 4 * query + _mlp_numbers(a, sizes)) + scores * (4 + compute)
     kept = tokens * a.width * compute
     if config.model.remat == "full":
         return a.layers * kept + 1.5 * inner
     return a.layers * (inner + kept)
+
+
+def _mlp_numbers(a: Architecture, sizes: Sizes) -> float:
+    """Numbers that a token has inside the widest MLP: with experts a copy of itself for each that it chose."""
+    dense = 4 * a.mlp_width / sizes.tensor
+    if a.experts is None:
+        return dense
+    e = a.experts
+    return max(dense, e.chosen * (2 * a.width + 4 * e.width / sizes.tensor) + 4 * e.shared_width / sizes.tensor)
 
 
 def _logits(config: Config, a: Architecture, sizes: Sizes, shape: PackShape) -> float:
