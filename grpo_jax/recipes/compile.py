@@ -318,8 +318,8 @@ def lines(report: Report, config: Config, architecture: Architecture, topology: 
         said.append(f"the compiler refused it: {r.problem}")
     said.append(fits(r.total, topology))
     said.append(
-        f"bytes a device: arguments (state, prompts) {r.arguments / GIB:.2f} GiB, temporaries {r.temporaries / GIB:.2f} "
-        f"GiB, of which the cache {r.cache / GIB:.2f} GiB"
+        f"bytes a device: arguments (state, prompts) {r.arguments / GIB:.2f} GiB, temporaries "
+        f"{r.temporaries / GIB:.2f} GiB, of which the cache {r.cache / GIB:.2f} GiB"
     )
     w = r.work
     said.append(
