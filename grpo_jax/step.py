@@ -37,6 +37,7 @@ from grpo_jax.ops.packing import Pack
 from grpo_jax.optimizer import move_routing_biases, split_routing_biases
 from grpo_jax.parallel import (
     PACK_AXES,
+    by_vocabulary,
     constrain_rows,
     gather_columns,
     in_host_memory,
@@ -347,15 +348,19 @@ def completion_logps(
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probability and entropy at the sampling temperature of each completion token, a row a completion."""
     hidden = completion_hidden(parts, variables, pack) if hidden is None else hidden
-    given = (spread_columns(hidden, parts.mesh), unembedding(parts.module, variables))
+    given = (spread_columns(hidden, parts.mesh), unembedding(parts, variables))
     laws = token_logps(*given, spread_columns(pack.targets, parts.mesh), **law_options(parts))
     logps, entropies = (gather_columns(law, pack.targets.shape, parts.mesh) for law in laws)
     return by_row(pack, logps), by_row(pack, entropies)
 
 
-def unembedding(module: DecoderModule, variables: dict[str, Any]) -> Callable[[Array], Array]:
-    """From hidden states to logits."""
-    return lambda hidden: module.apply(variables, hidden, method="logits")
+def unembedding(parts: StepParts, variables: dict[str, Any]) -> Callable[[Array], Array]:
+    """From hidden states [R, t, D] to logits."""
+
+    def logits(hidden: Array) -> Array:
+        return parts.module.apply(variables, hidden, method="logits")
+
+    return by_vocabulary(logits, parts.mesh, parts.module.architecture.vocabulary)
 
 
 def law_options(parts: StepParts) -> dict[str, Any]:
@@ -381,9 +386,9 @@ def distilled_laws(
     taught, frozen = teacher_of(parts, variables)
     laws = distilled_logps(
         spread_columns(hidden, parts.mesh),
-        unembedding(parts.module, variables),
+        unembedding(parts, variables),
         spread_columns(jax.lax.stop_gradient(completion_hidden(taught, frozen, pack)), parts.mesh),
-        unembedding(taught.module, frozen),
+        unembedding(taught, frozen),
         spread_columns(pack.targets, parts.mesh),
         **law_options(parts),
     )

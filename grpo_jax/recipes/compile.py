@@ -40,6 +40,7 @@ class DecodePass:
       moved: bytes between main memory and the chip.
       least: bytes of weights and cache, which every pass reads.
       collectives: in the loop.
+      kinds: (how many, bytes) of them by kind.
       gathered: bytes of weights gathered from other devices.
       copied: bytes of copies as large as a layer's cache or larger.
       wide_weights: bytes of float32 weights read.
@@ -48,6 +49,7 @@ class DecodePass:
     moved: int
     least: float
     collectives: int
+    kinds: dict[str, tuple[int, int]]
     gathered: int
     copied: int
     wide_weights: int
@@ -258,7 +260,8 @@ def decode_pass(program: Program, trips: Trips, step: AbstractStep, architecture
     inside = [one for one in program.collectives(trips) if loops[0].op_name in one.loops]
     gathered = sum(one.bytes for one in inside if one.kind == "all-gather" and key(one.dims) in whole)
     least = sampling_weights(config, sizes, step.params) + cache_bytes(config, architecture, sizes)
-    return DecodePass(program.traffic(body, trips), least, len(inside), gathered, copied, wide)
+    kinds = totals([dataclasses.replace(one, times=1) for one in inside])
+    return DecodePass(program.traffic(body, trips), least, len(inside), kinds, gathered, copied, wide)
 
 
 def key(dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -315,8 +318,8 @@ def lines(report: Report, config: Config, architecture: Architecture, topology: 
         said.append(f"the compiler refused it: {r.problem}")
     said.append(fits(r.total, topology))
     said.append(
-        f"bytes a device: arguments {r.arguments / GIB:.2f} GiB, temporaries {r.temporaries / GIB:.2f} GiB, of which "
-        f"the cache {r.cache / GIB:.2f} GiB"
+        f"bytes a device: arguments (state, prompts) {r.arguments / GIB:.2f} GiB, temporaries "
+        f"{r.temporaries / GIB:.2f} GiB, of which the cache {r.cache / GIB:.2f} GiB"
     )
     w = r.work
     said.append(
@@ -345,12 +348,13 @@ def lines(report: Report, config: Config, architecture: Architecture, topology: 
 
 
 def _decode_line(d: DecodePass) -> str:
+    kinds = ", ".join(f"{count} {kind} of {size:,} bytes in all" for kind, (count, size) in sorted(d.kinds.items()))
     gathers = f"{d.gathered / GIB:.3f} GiB of weights gathered" if d.gathered else "no weight gathered"
     copies = f"{d.copied / GIB:.3f} GiB of cache copied" if d.copied else "no cache copied"
     wide = f"{d.wide_weights / GIB:.3f} GiB of float32 weights read" if d.wide_weights else "no float32 weight"
     return (
-        f"a decode pass: {d.moved / GIB:.3f} GiB moved, {d.moved / d.least:.2f} of weights and cache; {d.collectives} "
-        f"collectives; {gathers}, {copies}, {wide}"
+        f"a decode pass: {d.moved / GIB:.3f} GiB moved, {d.moved / d.least:.2f} of weights and cache; {gathers}, "
+        f"{copies}, {wide}; collectives: {kinds or 'none'}"
     )
 
 

@@ -38,7 +38,8 @@ class Memory:
       prefill: activations of the prompts, and what a decode step has besides.
       rollout: tokens, log-probabilities and noise, which outlive sampling.
       gradient: the sum over packs, and that of one pack.
-      cast: parameters in the compute dtype, and layers gathered from other devices.
+      cast: parameters in the compute dtype.
+      gathered: whole layers, or the whole output matrix, brought from other devices, and their gradient.
       activations: what the backward pass of a pack keeps.
       logits: of one chunk of positions, forward and backward.
       fetched: what comes from the host's memory for a use, the optimizer's state or the reference.
@@ -54,6 +55,7 @@ class Memory:
     rollout: float
     gradient: float
     cast: float
+    gathered: float
     activations: float
     logits: float
     fetched: float = 0.0
@@ -71,7 +73,7 @@ class Memory:
     @property
     def training(self) -> float:
         """Temporaries of a gradient pass."""
-        passes = self.cast + self.activations + self.logits
+        passes = self.cast + self.gathered + self.activations + self.logits
         return self.gradient + max(passes, self.fetched) + self.rollout
 
     @property
@@ -200,7 +202,8 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
         prefill=_prefill(config, a, sizes, compute),
         rollout=_rollout(config, sizes),
         gradient=2 * float32,
-        cast=_cast(config, a, sizes, params, compute),
+        cast=held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0,
+        gathered=_gathered(config, a, sizes, params, compute),
         activations=_activations(config, a, sizes, shape, compute),
         logits=_logits(config, a, sizes, shape),
         fetched=max((state[name] for name in away if name in state), default=0.0),
@@ -319,11 +322,19 @@ def _rollout(config: Config, sizes: Sizes) -> float:
     return rows * (length * 4 * 12 + config.data.max_prompt_length * 4 * 2)
 
 
-def _cast(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
-    """Parameters in the compute dtype, and two layers gathered over fsdp."""
-    cast = held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0
-    layer = held(params, sizes, compute, ("fsdp",)) / a.layers
-    return cast + (2 * layer if sizes.fsdp > 1 else 0.0)
+def _gathered(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
+    """What fsdp gathers at once: two layers (one in use, one on its way) and one's gradient before it is scattered.
+
+    Or, where the vocabulary does not divide and that is more, the output matrix and its float32 gradient.
+    """
+    if sizes.fsdp == 1:
+        return 0.0
+    stacks = {name: tree for name, tree in params.items() if name.startswith("stack_")}
+    layer = held(stacks, sizes, 1, ("fsdp",)) / a.layers
+    width = 0 if config.lora.rank else 4
+    split = a.vocabulary % (sizes.fsdp * sizes.tensor) == 0  # see `parallel.by_vocabulary`
+    head = 0.0 if split else a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
+    return max(layer * (2 * compute + width), head * (compute + width))
 
 
 def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape, compute: int) -> float:
@@ -336,12 +347,21 @@ def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape
     scores = shape.rows * heads * width * seen
     scores += shape.prompts * heads * prompt * prompt if shape.shared else 0
     query = heads * a.head_size
-    inner = tokens * compute * (4 * a.width + 4 * query + 4 * a.mlp_width / sizes.tensor) + scores * (4 + compute)
+    inner = tokens * compute * (4 * a.width + 4 * query + _mlp_numbers(a, sizes)) + scores * (4 + compute)
     kept = tokens * a.width * compute
     inner, kept = inner / sizes.sequence, kept / sizes.sequence
     if config.model.remat in ("full", "offload_dot_with_no_batch_dims"):
         return a.layers * kept + 1.5 * inner
     return a.layers * (inner + kept)
+
+
+def _mlp_numbers(a: Architecture, sizes: Sizes) -> float:
+    """Numbers that a token has inside the widest MLP: with experts a copy of itself for each that it chose."""
+    dense = 4 * a.mlp_width / sizes.tensor
+    if a.experts is None:
+        return dense
+    e = a.experts
+    return max(dense, e.chosen * (2 * a.width + 4 * e.width / sizes.tensor) + 4 * e.shared_width / sizes.tensor)
 
 
 def _logits(config: Config, a: Architecture, sizes: Sizes, shape: PackShape) -> float:

@@ -17,6 +17,7 @@ from grpo_jax import cli
 from grpo_jax.batches import pack_shape
 from grpo_jax.chips import CHIPS, GIB, parse_topology
 from grpo_jax.errors import InputError
+from grpo_jax.hlo import Instruction
 from grpo_jax.hlo import Program as Read
 from grpo_jax.models.abstract import abstract_params, architecture_of, with_model
 from grpo_jax.models.lora import abstract_variables, split_variables
@@ -103,13 +104,22 @@ def test_a_gradient_pass_computes_the_rows_of_its_own_device(on_cpu):
     step, text, _ = on_cpu
     shape = pack_shape(step.parts.config, 4)
     tokens = shape.rows * 12 + shape.prompts * 16 if shape.shared else shape.rows * 28
-    read, largest = Read(text), 0
-    for loop in read.loops():
-        if compiling.named(loop) == "packs":
-            for _, instruction, _, _ in read.walk(lambda loop: 1, loop.body):
-                if "/mlp/" in instruction.op_name and "Decoder" in instruction.op_name:
-                    largest = max(largest, *(math.prod(x.dims) for x in instruction.shapes), 0)
+    made = [i for i in in_packs(text) if "/mlp/" in i.op_name and "Decoder" in i.op_name]
+    largest = max(math.prod(x.dims) for i in made for x in i.shapes)
     assert 64 * 128 / 2 <= largest <= 2 * max(tokens * 128 / 2, 64 * 128 / 2), (largest, tokens)
+
+
+def test_no_device_holds_the_whole_output_matrix_or_its_gradient(on_cpu):
+    """512 x 64 over fsdp and tensor: logits are split by vocabulary over both."""
+    seen = {compiling.key(x.dims) for i in in_packs(on_cpu[1]) for x in i.shapes}
+    assert (64, 128) in seen and not {(64, 256), (64, 512)} & seen
+
+
+def in_packs(text: str) -> list[Instruction]:
+    """The instructions of the loops over packs."""
+    read = Read(text)
+    loops = [loop for loop in read.loops() if compiling.named(loop) == "packs"]
+    return [i for loop in loops for _, i, _, _ in read.walk(lambda loop: 1, loop.body)]
 
 
 def test_a_weight_gathered_in_the_loop_is_seen(on_cpu):
