@@ -99,7 +99,7 @@ class Dense(nn.Module):
 def project(
     owner: nn.Module, x: Float[Array, "... I"], sizes: dict[str, int], dtype: Any, use_bias: bool
 ) -> list[Float[Array, "... O"]]:
-    """Several dense layers of one input, inside the module that owns them; one product where they lie `side_by_side`."""
+    """Dense layers of one input, inside the module that owns them; one product where they lie `side_by_side`."""
     together = "_".join(sizes)
     if not owner.has_variable("params", together):
         return [Dense(size, dtype, use_bias, name=name)(x) for name, size in sizes.items()]
