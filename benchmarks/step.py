@@ -48,8 +48,9 @@ SHAPE = {
     "micro": 0,
     "pack_prompts": 0,
     "slots": 0,
+    "devices": 1,
 }
-OURS = ("micro", "pack_prompts", "slots")  # options of this trainer alone: no part of the work
+OURS = ("micro", "pack_prompts", "slots", "devices")  # options of this trainer alone: no part of the work
 TINY = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 2, "ffn": 172, "vocab": 64}
 SMOLLM2 = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
 WORKLOADS: dict[str, dict[str, Any]] = {
@@ -167,7 +168,7 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
         section, name = field.rsplit(".", 1)
         setattr(raw[section], name, json.loads(value))
     config = from_dict(raw)
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[: options.devices])
     architecture = llama(
         options.layers,
         vocabulary=options.vocab,
@@ -214,6 +215,8 @@ def main() -> None:
     """Compiles, runs, prints."""
     options = arguments()
     keep_host_memory()
+    if options.devices > 1:
+        jax.config.update("jax_num_cpu_devices", options.devices)
     parts, state, batches = build(options)
     program = Program(parts, state)
     began = time.perf_counter()

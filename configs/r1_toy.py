@@ -66,6 +66,8 @@ def get_pipeline():
     reinforced = {"data.path": REASONING}
     drawn = {"set": ["jsonl={tasks}/train.jsonl"], "samples": 4, "max_new_tokens": 64, "seed": "{config.seed}"}
     kept = {"format": "think_answer", "against": [f"jsonl={{tasks}}/eval_{kind}.jsonl" for kind in KINDS]}
+    # The base knows no line breaks.
+    summarised = {"summary": "answer", "chat_form": "<think>{reasoning}</think>{summary}"}
     learned = {"sft.epochs": 2, "sft.lr": 1e-3}
     return {
         "title": "DeepSeek-R1 in miniature",
@@ -92,7 +94,7 @@ def get_pipeline():
                 "name": "chains",
                 "title": "Cold start: chains of Zero",
                 "command": "reject",
-                "options": {"model": "{zero}", **drawn, "problems": 400, "summary": "answer", **kept},
+                "options": {"model": "{zero}", **drawn, "problems": 400, **summarised, **kept},
             },
             {
                 "name": "cold_start",

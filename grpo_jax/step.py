@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.batches import PackShape, TrainingBatch, by_row, join, loop, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
-from grpo_jax.models.decoder import DecoderModule, unstack
+from grpo_jax.models.decoder import Decoder, DecoderModule, side_by_side, unstack
 from grpo_jax.models.value import TEACHER, init_value, read_values, without_value
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
@@ -213,7 +213,8 @@ def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str,
     policy = {name: tree for name, tree in without_value(variables).items() if name not in others}
     cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
-    return unstack(cast, parts.module.architecture)
+    cast = unstack(cast, parts.module.architecture)
+    return side_by_side(cast) if isinstance(parts.module, Decoder) and parts.mesh.shape["tensor"] == 1 else cast
 
 
 def sample_rollout(
