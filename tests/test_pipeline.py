@@ -252,6 +252,6 @@ def test_the_report_shows_scores_filters_samples_and_costs(tmp_path):
     assert page.count("<img ") == 2  # bars, and the curves of the one stage that has metrics
     text = (tmp_path / "report.md").read_text()
     assert "| sums | pass@1 | 50.0% [40.0%, 60.0%] | 50.0% [40.0%, 60.0%] |" in text
-    assert "| Rejection | not right | 5 |" in text and "cut off" not in text
+    assert "| Rejection | dropped: not right | 5 |" in text and "cut off" not in text
     assert "| R1-Zero | 0 s |  | 87 |" in text  # 4 steps of 20 tokens, 7 of the evaluation
     assert "(right) 1\\|2 \\<answer>3\\</answer>" in text and "(wrong) \\<script>" in text

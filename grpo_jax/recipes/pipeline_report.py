@@ -91,7 +91,7 @@ def filter_table(stages: Stages, workdir: pathlib.Path) -> tuple[list[str], list
         summary = _json(workdir / name / "summary.json")
         for reason, count in summary.get("dropped", {}).items():
             if count:
-                rows.append([title, reason, f"{count:,}", ""])
+                rows.append([title, f"dropped: {reason}", f"{count:,}", ""])
         if "kept" in summary:
             of = f" of {summary['completions']:,}" if "completions" in summary else ""
             speed = f"{summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else ""
