@@ -314,11 +314,13 @@ def by_vocabulary(
     columns = ("tensor", "fsdp")
     if mesh.shape["fsdp"] == 1 or vocabulary % int(np.prod([mesh.shape[axis] for axis in columns])):
         return unembed
-    rows, steps = tuple(axis for axis in ROWS[0] if axis not in columns), PartitionSpec.UNCONSTRAINED
+    rows, steps = tuple(axis for axis in PACK_AXES if axis not in columns), PartitionSpec.UNCONSTRAINED
     states = NamedSharding(mesh, PartitionSpec(rows, steps, None))
     logits = NamedSharding(mesh, PartitionSpec(rows, steps, columns))
 
     def split(hidden: jax.Array) -> jax.Array:
+        if hidden.shape[0] % int(np.prod([mesh.shape[axis] for axis in rows])):
+            return unembed(hidden)  # a chunk of a few rows
         hidden = jax.lax.with_sharding_constraint(hidden, states)
         return jax.lax.with_sharding_constraint(unembed(hidden), logits)
 
