@@ -657,9 +657,9 @@ def test_the_correction_is_that_of_the_trainer_to_the_law_really_drawn_from():
 # Devices.
 
 
-def one_step(parts):
+def one_step(parts, variables=None):
     """(state before, state after, metrics, rollout) on the host."""
-    state = tiny.state(parts)
+    state = tiny.state(parts, variables)
     before = jax.device_get(state)
     prompts = tiny.on_mesh(tiny.prompts(parts.config), parts.mesh)
     after, metrics, rollout = jax.device_get(Program(parts, state)(state, prompts))
