@@ -42,7 +42,7 @@ def base(tmp_path_factory) -> str:
 def small():
     """One device, rewards of a few operations, and no evaluation: the step is all that is compiled."""
 
-    def scorer(config, token_bytes, rows, decode, mesh, *more):
+    def scorer(config, token_bytes, rows, decode, mesh, *more, **named):
         return tiny.TinyScorer(config.names, config.weights, byte_table(token_bytes), None, mesh, {}, tiny.REWARDS)
 
     with pytest.MonkeyPatch.context() as patch:
