@@ -95,6 +95,10 @@ class DigitReward:
         """The one component."""
         return scores.values[:, 0]
 
+    def row_weights(self, scores: Scores) -> jax.Array:
+        """One weight."""
+        return jnp.ones(1)
+
     def score_in_graph(self, prompts: Prompts, rollout: Any, variables: Any = None) -> tuple[jax.Array, jax.Array]:
         """The same as a pair, for staged mode."""
         scores = self.score(prompts, rollout)
@@ -180,7 +184,7 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
         rope_theta=10000.0,
         tied=True,
     )
-    module = Decoder(architecture, remat=config.model.remat)
+    module = Decoder(architecture, remat=config.model.remat, mesh=mesh)
     width = max(map(len, answers))
     table = np.array([[ids[c] for c in a] + [PAD] * (width - len(a)) for a in answers], np.int32)
     reward: Any = DigitReward(jnp.asarray(table), jnp.asarray([len(a) for a in answers], jnp.int32))
