@@ -183,6 +183,7 @@ def get_pipeline():
                             "path": "{tasks}/general.jsonl",
                             "eval_path": "{tasks}/eval_general.jsonl",
                             "prompt_column": "prompt",
+                            "answer_column": "",
                             "rewards": ("language", "helpful", "harmless"),
                             "late": True,
                         },

@@ -16,7 +16,7 @@ from grpo_jax.recipes.loop import Stop, Stopped
 from grpo_jax.terminal import Terminal
 
 CLOCK = ("seconds/", "tokens_per_second", "compiles")
-SIZES = {"teacher": (2, 64, 4, 2, 128, 500), "student": (2, 48, 4, 2, 96, 100)}  # of the base, and its steps of SFT
+SIZES = {"teacher": (2, 64, 4, 2, 128, 350), "student": (2, 48, 4, 2, 96, 80)}  # of the base, and its steps of SFT
 
 
 def quiet() -> Terminal:
@@ -41,8 +41,8 @@ def config_of(kind: str = "student", **fields) -> Config:
     c.data.digits, c.data.max_prompt_length, c.data.prompts_per_step = 1, 4, 16
     c.sampler.group_size, c.sampler.max_new_tokens = 4, 24
     c.rewards.names, c.rewards.weights = ("answer", "answer_format"), (1.0, 0.2)
-    c.optim.lr, c.optim.schedule, c.train.steps, c.checkpoint.every = 3e-3, "cosine", 160, 0
-    c.eval.every, c.eval.final_problems, c.eval.samples, c.eval.majority = 0, 10, 16, 0
+    c.optim.lr, c.optim.schedule, c.train.steps, c.checkpoint.every = 3e-3, "cosine", 80, 0
+    c.eval.every, c.eval.final_problems, c.eval.samples, c.eval.majority = 0, 4, 2, 0
     c.log.tensorboard, c.log.samples_every, c.log.compilation_cache = False, 0, ""
     for name, value in fields.items():
         *above, leaf = name.split(".")
@@ -68,33 +68,38 @@ def lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def told(found: dict, workdir: pathlib.Path) -> str:
-    kl = [line["distill/kl"] for line in lines(workdir / "metrics.jsonl") if "distill/kl" in line]
-    scores = f"pass@1 {found['before']['pass@1']:.3f} -> {found['after']['pass@1']:.3f}"
-    return scores + (f", reverse KL {np.mean(kl[:3]):.3f} -> {np.mean(kl[-10:]):.3f} nats a token" if kl else "")
+def first_and_last(workdir: pathlib.Path, name: str) -> tuple[float, float]:
+    """Means of a metric over the first three steps and over the last ten."""
+    values = [line[name] for line in lines(workdir / "metrics.jsonl")]
+    return float(np.mean(values[:3])), float(np.mean(values[-10:]))
 
 
 @pytest.mark.slow
 def test_a_student_comes_near_its_teacher(folders, tmp_path):
-    """From one start: the exact divergence, its estimate, RL alone, and SFT; `docs/distillation.md` has the figures."""
+    """From one start: the exact divergence, its estimate, and RL alone; `docs/distillation.md` has the figures."""
     ways = {
         "full": {"distill.teacher": folders["teacher"]},
         "sampled": {"distill.teacher": folders["teacher"], "distill.loss": "sampled"},
         "alone": {},
     }
-    found, kl = {}, {}
+    kl, solved = {}, {}
     for way, fields in ways.items():
-        config = config_of(**{"model.path": folders["student"], **fields})
-        found[way] = grpo.run(config, tmp_path / way, terminal=quiet())
-        kl[way] = [line.get("distill/kl", np.nan) for line in lines(tmp_path / way / "metrics.jsonl")]
-        print(f"{way}: {told(found[way], tmp_path / way)}")
-    assert np.mean(kl["full"][-10:]) < np.mean(kl["full"][:3]) / 4
-    assert np.mean(kl["sampled"][-10:]) < np.mean(kl["sampled"][:3]) / 2
-    for way in ("full", "sampled"):
-        assert found[way]["after"]["pass@1"] > found[way]["before"]["pass@1"] + 0.1
+        workdir = tmp_path / way
+        grpo.run(config_of(**{"model.path": folders["student"], **fields}), workdir, terminal=quiet())
+        solved[way] = first_and_last(workdir, "solve_rate")
+        kl[way] = first_and_last(workdir, "distill/kl") if fields else (np.nan, np.nan)
+        print(f"{way}: reverse KL %.3f -> %.3f nats a token, solve rate %.3f -> %.3f" % (kl[way] + solved[way]))
+    assert kl["full"][1] < kl["full"][0] / 5 and kl["sampled"][1] < kl["sampled"][0] / 1.3
+    assert solved["full"][1] > solved["full"][0] + 0.3
+
+
+@pytest.mark.slow
+def test_a_student_learns_chains(folders, tmp_path):
+    """`sft` starts from a base of any sizes."""
     chains = tmp_path / "chains.jsonl"
     chains.write_text('{"prompt": "1+2=", "completion": "<answer>3</answer>"}\n' * 8)
-    config = config_of(**{"model.path": folders["student"], "sft.path": str(chains), "sft.steps": 3, "sft.lr": 1e-2})
+    fields = {"sft.path": str(chains), "sft.steps": 3, "sft.batch_size": 2, "sft.lr": 1e-2}
+    config = config_of(**{"model.path": folders["student"], **fields})
     trained = load_model(sft.run(config, tmp_path / "sft", quiet()))
     assert trained.architecture == load_model(folders["student"]).architecture
     losses = [line["sft/loss"] for line in lines(tmp_path / "sft" / "metrics.jsonl")]
