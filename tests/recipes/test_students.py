@@ -16,7 +16,7 @@ from grpo_jax.recipes.loop import Stop, Stopped
 from grpo_jax.terminal import Terminal
 
 CLOCK = ("seconds/", "tokens_per_second", "compiles")
-SIZES = {"teacher": (2, 64, 4, 2, 128, 350), "student": (2, 48, 4, 2, 96, 80)}  # of the base, and its steps of SFT
+SIZES = {"teacher": (2, 64, 4, 2, 128, 500), "student": (2, 48, 4, 2, 96, 100)}  # of the base, and its steps of SFT
 
 
 def quiet() -> Terminal:
@@ -41,8 +41,8 @@ def config_of(kind: str = "student", **fields) -> Config:
     c.data.digits, c.data.max_prompt_length, c.data.prompts_per_step = 1, 4, 16
     c.sampler.group_size, c.sampler.max_new_tokens = 4, 24
     c.rewards.names, c.rewards.weights = ("answer", "answer_format"), (1.0, 0.2)
-    c.optim.lr, c.optim.schedule, c.train.steps, c.checkpoint.every = 3e-3, "cosine", 80, 0
-    c.eval.every, c.eval.final_problems, c.eval.samples, c.eval.majority = 0, 4, 2, 0
+    c.optim.lr, c.optim.schedule, c.train.steps, c.checkpoint.every = 3e-3, "cosine", 160, 0
+    c.eval.every, c.eval.final_problems, c.eval.samples, c.eval.majority = 0, 10, 16, 0
     c.log.tensorboard, c.log.samples_every, c.log.compilation_cache = False, 0, ""
     for name, value in fields.items():
         *above, leaf = name.split(".")
@@ -75,22 +75,15 @@ def first_and_last(workdir: pathlib.Path, name: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_a_student_comes_near_its_teacher(folders, tmp_path):
-    """From one start: the exact divergence, its estimate, and RL alone; `docs/distillation.md` has the figures."""
-    ways = {
-        "full": {"distill.teacher": folders["teacher"]},
-        "sampled": {"distill.teacher": folders["teacher"], "distill.loss": "sampled"},
-        "alone": {},
-    }
-    kl, solved = {}, {}
-    for way, fields in ways.items():
-        workdir = tmp_path / way
-        grpo.run(config_of(**{"model.path": folders["student"], **fields}), workdir, terminal=quiet())
-        solved[way] = first_and_last(workdir, "solve_rate")
-        kl[way] = first_and_last(workdir, "distill/kl") if fields else (np.nan, np.nan)
-        print(f"{way}: reverse KL %.3f -> %.3f nats a token, solve rate %.3f -> %.3f" % (kl[way] + solved[way]))
-    assert kl["full"][1] < kl["full"][0] / 5 and kl["sampled"][1] < kl["sampled"][0] / 1.3
-    assert solved["full"][1] > solved["full"][0] + 0.3
+@pytest.mark.parametrize(("loss", "factor"), [("full", 5.0), ("sampled", 1.3)])
+def test_a_student_comes_near_its_teacher(folders, tmp_path, loss, factor):
+    """The reverse KL falls by a factor, and more sums are right; `docs/distillation.md` has the figures."""
+    fields = {"model.path": folders["student"], "distill.teacher": folders["teacher"], "distill.loss": loss}
+    grpo.run(config_of(**fields), tmp_path / loss, terminal=quiet())
+    kl, solved = (first_and_last(tmp_path / loss, name) for name in ("distill/kl", "solve_rate"))
+    print(f"{loss}: reverse KL {kl[0]:.3f} -> {kl[1]:.3f} nats a token, solve rate {solved[0]:.3f} -> {solved[1]:.3f}")
+    assert kl[1] < kl[0] / factor
+    assert solved[1] > solved[0] + (0.3 if loss == "full" else 0.05)
 
 
 @pytest.mark.slow
