@@ -361,7 +361,7 @@ def unembedding(parts: StepParts, variables: dict[str, Any]) -> Callable[[Array]
     def logits(hidden: Array) -> Array:
         return parts.module.apply(variables, hidden, method="logits")
 
-    return by_vocabulary(logits, parts.mesh, parts.module.architecture.vocabulary)
+    return by_vocabulary(logits, parts.mesh)
 
 
 def law_options(parts: StepParts) -> dict[str, Any]:

@@ -109,13 +109,6 @@ def test_a_gradient_pass_computes_the_rows_of_its_own_device(on_cpu):
     assert 64 * 128 / 2 <= largest <= 2 * max(tokens * 128 / 2, 64 * 128 / 2), (largest, tokens)
 
 
-def test_no_device_holds_the_whole_output_matrix_or_its_gradient(on_cpu):
-    """512 x 64 over fsdp and tensor: logits are split by vocabulary over both."""
-    made = [i for i in in_packs(on_cpu[1]) if "Decoder.logits" in i.op_name]
-    seen = {compiling.key(x.dims) for i in made for x in i.shapes}
-    assert (64, 128) in seen and not {(64, 256), (64, 512)} & seen
-
-
 def in_packs(text: str) -> list[Instruction]:
     """The instructions of the loops over packs."""
     read = Read(text)
