@@ -209,7 +209,8 @@ def _own_rows(name: str, settings: Settings, config: Config | None) -> list[dict
     rows = [row for row in rows if row.get("tests") or row["answer"] or row.get("judge")][: settings.problems or None]
     problems = []
     for number, row in enumerate(rows):
-        kind, column = ("code", "tests") if row.get("tests") else ("math", "answer")
+        own = row.get("kind") if row.get("kind") in ("choice", "exact") else "math"
+        kind, column = ("code", "tests") if row.get("tests") else (own, "answer")
         kept = {name: row[name] for name in ("prompt", column, "language") if name in row}
         problems.append({"id": str(number), "kind": "judge" if row.get("judge") else kind, **kept})
     return problems

@@ -10,7 +10,7 @@ import tiny
 from gguf_writer import tokenizer_metadata
 
 from grpo_jax import cli
-from grpo_jax.config import CodeConfig, MeshConfig
+from grpo_jax.config import CodeConfig, MeshConfig, from_dict
 from grpo_jax.errors import InputError
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.parallel import make_mesh
@@ -85,6 +85,23 @@ def test_majority_at_smaller_k_is_the_mean_over_blocks():
     found = scores_of([{"kind": "choice", "answer": "2"}], [record(0, i, 0.0, a) for i, a in enumerate(answers)], same)
     assert found["cons@k"] == {"4": 0.5, "8": 1.0} and found["cons"] == 1.0  # of two and two the first drawn wins
     assert powers(6) == [1, 2, 4, 6] and powers(1) == [1]
+
+
+def test_a_majority_of_exact_answers_goes_by_their_text():
+    """Beside a problem whose answers are one where they are equal in value."""
+    problems = [{"kind": "exact", "answer": "1-3"}, {"kind": "math", "answer": "0.5"}]
+    said = [["1-3", "-2", "-2", "1-3", "1-3"], ["1/2", "0.50", "3", "3", ".5"]]
+    records = [record(p, s, 0.0, said[p][s]) for p in range(2) for s in range(5)]
+    assert scores_of(problems, records, same)["cons"] == 1.0
+    wrong = [{"kind": "exact", "answer": "-2"}, problems[1]]
+    assert scores_of(wrong, records, same)["cons"] == 0.5
+
+
+def test_own_rows_keep_their_kind_and_language():
+    config = from_dict({"data": {"source": "tasks", "path": "sums,countdown:en,ru"}})
+    (found,) = read_sets(Settings("model", ("held_out",), problems=4), config)
+    shown = [(problem["kind"], problem["language"]) for problem in found.problems]
+    assert shown == [("math", "en"), ("math", "ru"), ("exact", "en"), ("exact", "ru")]
 
 
 def test_what_does_not_apply_is_left_out():

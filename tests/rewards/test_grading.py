@@ -88,6 +88,24 @@ def test_choice(text, strict, lenient):
     assert (grade.strict, grade.lenient) == (strict, lenient)
 
 
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("<think>8-3+2=7</think><answer>8-3+2</answer>", 1, 1),
+        ("<answer> 8-3+2\n</answer>", 1, 1),
+        ("<answer>7</answer>", 0, 0),  # the value is not the expression
+        ("<answer>8+2-3</answer>", 0, 0),
+        ("<think>x</think><answer>8-3+2", 0, 1),  # not closed
+        ("8-3+2", 0, 1),
+        ("", 0, 0),
+    ],
+)
+def test_exact(grader, text, strict, lenient):
+    problem = {"id": "0", "kind": "exact", "prompt": "", "answer": "8-3+2"}
+    (grade,) = grader.grade([problem], [text], [True])
+    assert (grade.strict, grade.lenient, grade.asked) == (strict, lenient, "</answer>" in text)
+
+
 def test_instructions_strict_and_loose(grader):
     problem = {"id": "0", "kind": "instructions", "prompt": ""}
     problem["rules"] = [{"rule": "punctuation:no_comma"}, {"rule": "startend:end_checker", "end_phrase": "Bye."}]
