@@ -67,7 +67,7 @@ def get_pipeline():
     drawn = {"set": ["jsonl={tasks}/train.jsonl"], "samples": 4, "max_new_tokens": 64, "seed": "{config.seed}"}
     kept = {"format": "think_answer", "against": [f"jsonl={{tasks}}/eval_{kind}.jsonl" for kind in KINDS]}
     # The base knows no line breaks.
-    summarised = {"summary": "answer", "chat_form": "<think>{reasoning}</think>{summary}"}
+    summarised = {"summary": "answer", "chat_form": "<think>{{reasoning}}</think>{{summary}}"}
     learned = {"sft.epochs": 2, "sft.lr": 1e-3}
     return {
         "title": "DeepSeek-R1 in miniature",

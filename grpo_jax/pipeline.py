@@ -45,7 +45,7 @@ LEAVES = {
 }
 CONFIGURED = ("base", "tasks", "train", "sft", "dpo", "reward-model train")  # those that read a config
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_PLACE = re.compile(r"\{([a-z][a-z0-9_.]*)\}")
+_PLACE = re.compile(r"\{\{|\}\}|\{([a-z][a-z0-9_.]*)\}")  # {{ and }} stand for braces
 
 # (command, until, lock) -> (exit code, whether it was asked to end): runs it, which holds the lock of that file number.
 Run = Callable[..., "tuple[int, bool]"]
@@ -137,8 +137,10 @@ def _check_stage(where: str, stages: Sequence[Stage]) -> None:
 
 def reads(stage: Stage) -> set[str]:
     """Names of the stages whose folders a stage's command names."""
-    found = _PLACE.findall(json.dumps([dict(stage.fields), dict(stage.options), stage.model]))
-    return {name for name in found if not name.startswith("config.")} - {stage.name}
+    found: list[str] = []
+    given = [dict(stage.fields), dict(stage.options), stage.model]
+    _with_texts(given, lambda text: str(found.extend(_PLACE.findall(text))))
+    return {name for name in found if name and not name.startswith("config.")} - {stage.name}
 
 
 def command_of(pipeline: Pipeline, stage: Stage, workdir: pathlib.Path) -> list[str]:
@@ -175,9 +177,21 @@ def filled(pipeline: Pipeline, value: Any, workdir: pathlib.Path) -> str:
 
     def place(match: re.Match[str]) -> str:
         name = match[1]
+        if name is None:
+            return match[0][0]
         return str(value_of(pipeline.config, name[7:]) if name.startswith("config.") else workdir / name)
 
-    return _PLACE.sub(place, value if isinstance(value, str) else repr(value))
+    made = _with_texts(value, lambda text: _PLACE.sub(place, text))
+    return made if isinstance(made, str) else repr(made)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A value with all texts in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _with_texts(item, change) for key, item in value.items()}
+    return type(value)(_with_texts(item, change) for item in value) if isinstance(value, list | tuple) else value
 
 
 def fingerprints(pipeline: Pipeline) -> dict[str, str]:

@@ -83,6 +83,15 @@ def test_commands_name_folders_and_fields():
     assert evaluation_of(given, STAGES[3], here) == []
 
 
+def test_braces_that_name_no_stage_are_doubled():
+    sets = ({"name": "a", "path": "{zero}/a.jsonl", "more": {"b": ("{{c}}", 1)}},)
+    stage = Stage("rl", "RL", "train", {"data.sets": sets}, {"form": "<think>{{zero}}</think>"})
+    assert pipelines.reads(stage) == {"zero"}
+    words = command_of(recipe(), stage, pathlib.Path("w"))
+    assert "--config.data.sets=({'name': 'a', 'path': 'w/zero/a.jsonl', 'more': {'b': ('{c}', 1)}},)" in words
+    assert words[words.index("--form") + 1] == "<think>{zero}</think>"
+
+
 def test_stages_run_in_order_and_once(tmp_path):
     fake = Fake(tmp_path)
     assert run(recipe(), tmp_path, STAGES, start=fake)

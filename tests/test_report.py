@@ -100,10 +100,12 @@ def test_every_metric_of_the_trainer_has_its_chart(tmp_path):
         "reward/total reward/answer solve_rate groups/all_right groups/all_wrong advantage/mean_abs grad_norm kl "
         "entropy clip/low clip/high length/mean length/right length/wrong truncated sampler_gap/max sampler_gap/mean "
         "loss sft/loss lr skipped seconds/step seconds/rewards tokens_per_second eval/pass@1 eval/lenient eval/format "
-        "eval/length eval/greedy eval/majority eval/reflective_words eval/language"
+        "eval/length eval/greedy eval/majority eval/reflective_words eval/language distill/kl set_reward/a "
+        "eval_reward/a set_solve_rate/a set_length/a set_share/a"
     ).split()
     drawn = [pattern for _, _, patterns, _ in CHARTS for pattern, _ in patterns]
-    assert sorted(name.replace("reward/answer", "reward/*") for name in names) == sorted(drawn)
+    patterns = [re.sub("^reward/answer$", "reward/*", re.sub("/a$", "/*", name)) for name in names]
+    assert sorted(patterns) == sorted(drawn)
     metrics = [{"step": step} | {name: step / 10 for name in names} for step in (1, 2)]
     assert list(write_run(tmp_path, metrics).charts()) == [title for title, _, _, _ in CHARTS]
 

@@ -276,7 +276,7 @@ def test_a_run_is_taken_as_it_was_trained(micro_run, settings, tmp_path):
 def test_the_command_hands_on_all_its_options(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(benchmark, "run", lambda settings, workdir: calls.append((settings, workdir)))
-    monkeypatch.setattr(cli, "_set_up_jax", lambda config: None)
+    monkeypatch.setattr(cli, "_set_up_jax", lambda *_: None)
     given = {"samples": 3, "problems": 2, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "template": "plain"}
     given |= {
         "system_prompt": "s",

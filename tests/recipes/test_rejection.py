@@ -272,7 +272,7 @@ def test_the_command_hands_on_all_its_options(monkeypatch):
     monkeypatch.setattr(
         rejection, "run", lambda settings, rejection, workdir: calls.append((settings, rejection, workdir))
     )
-    monkeypatch.setattr(cli, "_set_up_jax", lambda config: None)
+    monkeypatch.setattr(cli, "_set_up_jax", lambda *_: None)
     filters = {"format": "answer", "language": "de", "language_share": 0.5, "repetition": 0.2, "least_length": 3}
     filters |= {"most_length": 9, "paragraph_words": 7}
     options = [part for name, value in filters.items() for part in (f"--{name}", str(value))]
