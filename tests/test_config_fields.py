@@ -396,7 +396,7 @@ def test_attention(model):
         program = Program(chosen, tiny_layout(chosen, state))
         with jax.transfer_guard("disallow"):  # as in a run, whose first step compiles inside the loop
             text = str(program.fused.trace(state, tiny.prompts(chosen.config)).jaxpr)
-        assert ("splash_mha_fwd_segmented" in text) == wanted
+        assert ("pallas_call" in text) == wanted
 
 
 @flips("model.matmul_precision")
