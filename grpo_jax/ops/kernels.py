@@ -109,10 +109,11 @@ def splash_attention(
     segments = jnp.pad(segments, grow)
     shape = (padded, padded)
     mask = splash.LocalMask(shape, (window - 1, 0), 0) if 0 < window < length else splash.CausalMask(shape)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    # Of queries, keys and keys at a time; the same of the gradients of keys and values; then of those of queries.
+    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     attend = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=sizes,
         attn_logits_soft_cap=cap or None,
         interpret=interpret,
     )
