@@ -20,7 +20,7 @@ BASE = {
     "model.remat": "full", "model.logits_chunk": 512, "objective.beta": 0.01, "rewards.names": "('format',)",
     "rewards.weights": "(1.0,)", "mesh.data": 1, "mesh.fsdp": 4, "mesh.sampling": "tensor", "base.layers": 2,
     "base.width": 2048, "base.heads": 16, "base.kv_heads": 4, "base.mlp_width": 8192, "base.vocabulary": 32000,
-    "base.sft.batch_size": 8, "train.share_prefix": False,
+    "base.sft.batch_size": 8, "train.share_prefix": False, "model.attention": "xla",
 }  # fmt: skip
 
 WIDE = {
@@ -32,7 +32,7 @@ QWEN_1_5B = {
     "base.layers": 2, "base.width": 1536, "base.heads": 12, "base.kv_heads": 2, "base.mlp_width": 8960,
     "base.vocabulary": 151936, "base.tied": True, "base.sft.batch_size": 64,
 }  # fmt: skip
-SCALE = ["--config", "scale", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
+SCALE = ["--config", "scale", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.attention=xla"]
 
 # Ten configs, each far from the others in something that a formula must know: (machine, options).
 CONFIGS = {
