@@ -49,6 +49,12 @@ class ModelConfig:
     matmul_precision: str = option(
         "highest", "jax_default_matmul_precision of every program", ("default", "high", "highest")
     )
+    attention: str = option(
+        "auto",
+        "attention of passes over whole sequences whose prompts are not shared: splash (Pallas, TPU), cudnn (NVIDIA, "
+        "bfloat16), xla; auto: the kernel of the devices where it can serve",
+        ("auto", "xla", "cudnn", "splash"),
+    )
     remat: str = option(
         "none",
         "what the backward recomputes: nothing, all of each layer (full), or all that the policy of this name in "

@@ -46,6 +46,7 @@ from grpo_jax.data.mixture import build_mixture, load_all_rows
 from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter
+from grpo_jax.models.build import build_decoder
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.heads import save_head
 from grpo_jax.models.huggingface import write_folder
@@ -374,6 +375,28 @@ def test_compute_dtype(model):
         )
     )
     assert logits.dtype == jnp.float32
+
+
+@flips("model.attention")
+def test_attention(model):
+    own = {"train.share_prefix": False}
+    assert prepared(model, **own)[0].module.kernel is None
+    with pytest.raises(InputError, match=r"model\.attention='splash' .* which are cpus: take auto"):
+        prepared(model, **own, **{"model.attention": "splash"})
+    chip = types.SimpleNamespace(platform="tpu")
+    chips = types.SimpleNamespace(devices=np.full((1, 1, 1), chip), shape={"tensor": 1, "sequence": 1})
+    configs = {name: tiny.config(**own, **{"model.attention": name}) for name in ("auto", "xla")}
+    made = {name: build_decoder(config, tiny.architecture(), chips) for name, config in configs.items()}
+    assert made["xla"].kernel is None and made["auto"].kernel.name == "splash"
+    parts = tiny.parts(tiny.config(**own))
+    kernel = dataclasses.replace(made["auto"].kernel, mesh=parts.mesh, interpret=True)
+    for given, wanted in ((kernel, True), (None, False)):
+        chosen = dataclasses.replace(parts, module=parts.module.clone(kernel=given))
+        state = abstract_state(chosen)
+        program = Program(chosen, tiny_layout(chosen, state))
+        with jax.transfer_guard("disallow"):  # as in a run, whose first step compiles inside the loop
+            text = str(program.fused.trace(state, tiny.prompts(chosen.config)).jaxpr)
+        assert ("pallas_call" in text) == wanted
 
 
 @flips("model.matmul_precision")

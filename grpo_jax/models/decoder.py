@@ -25,10 +25,11 @@ from flax.errors import ScopeParamShapeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.architecture import Architecture, Stack
 from grpo_jax.models.cache import Cache, CacheIndex, LayerEntry, read, start, write, write_latent
-from grpo_jax.ops.attention import PRODUCT, attend_self, attend_shared_prefix, soft_cap
+from grpo_jax.ops.attention import PRODUCT, attend_shared_prefix, soft_cap
 from grpo_jax.ops.experts import load_excess, mix_experts, mix_experts_on, report_excess, route
+from grpo_jax.ops.kernels import Kernel, attend_by
 from grpo_jax.ops.norms import rms_norm
 from grpo_jax.ops.packing import real_tokens, row_columns
 from grpo_jax.ops.rope import frequencies, rotary_angles, rotate
@@ -197,6 +198,7 @@ class Attention(nn.Module):
     architecture: Architecture
     dtype: Any
     columns: Mesh | None = None
+    kernel: Kernel | None = None
 
     @nn.compact
     def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
@@ -218,7 +220,8 @@ class Attention(nn.Module):
         if entry is not None and index is not None and index.prefilled:
             out = attend_shared_prefix(query, *read(entry, index, positions, segments, window, query.dtype), *how)
         else:
-            out = attend_self(query, key, value, positions, segments, window, *how, self.columns)
+            kernel = self.kernel if cache is None else None
+            out = attend_by(kernel, query, key, value, positions, segments, window, *how, self.columns)
         out = out.reshape(batch, length, a.heads * a.head_size)
         return Dense(a.width, self.dtype, a.out_bias, self.columns is None, name="out")(out), entry
 
@@ -234,6 +237,7 @@ class LatentAttention(nn.Module):
     architecture: Architecture
     dtype: Any
     columns: Mesh | None = None
+    kernel: Kernel | None = None
 
     @nn.compact
     def __call__(self, x, rotary, positions, segments, window, cache: tuple[LayerEntry, CacheIndex] | None):
@@ -260,7 +264,8 @@ class LatentAttention(nn.Module):
             key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], m.rotary))], axis=-1)
             value = value_up(latent).reshape(batch, length, a.heads, m.value)
             how = (a.score_scale, a.attention_cap, self.columns)
-            out = attend_self(query, key, value, positions, segments, window, *how)
+            kernel = self.kernel if cache is None else None
+            out = attend_by(kernel, query, key, value, positions, segments, window, *how)
         out = out.reshape(batch, length, a.heads * m.value)
         return dense(a.width, use_bias=a.out_bias, name="out")(out), entry
 
@@ -367,6 +372,7 @@ class Layer(nn.Module):
     dtype: Any
     experts: bool = False
     balance: bool = False
+    kernel: Kernel | None = None
     mesh: Mesh | None = None
     sampling: str = "same"
 
@@ -381,7 +387,8 @@ class Layer(nn.Module):
         def norm(name: str) -> Norm:
             return Norm(a.norm_eps, a.norm_offset, name=name)
 
-        attention = (LatentAttention if a.latent else Attention)(a, self.dtype, lies.over_columns, name="attention")
+        kind = LatentAttention if a.latent else Attention
+        attention = kind(a, self.dtype, lies.over_columns, self.kernel, name="attention")
         out, cache = attention(norm("attention_norm")(x), rotary, positions, segments, window, cache)
         x = x + (norm("attention_post_norm")(out) if a.post_norms else out)
         normed = norm("mlp_norm")(x)
@@ -397,6 +404,7 @@ class Decoder(nn.Module):
     """Embedding, stacks of layers, final norm, output matrix.
 
     `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
+    `kernel`: attends in passes without a cache; None: XLA.
     `mesh`: devices over whose axes expert and sequence the work of a layer is split; `sampling`: `mesh.sampling`.
     `unroll`: scans of at most this many layers are written out, which saves the copies of what the backward reads.
     """
@@ -406,6 +414,7 @@ class Decoder(nn.Module):
     scanned: bool = True
     remat: str = "none"
     balance: bool = False
+    kernel: Kernel | None = None
     mesh: Mesh | None = None
     sampling: str = "same"
     unroll: int = 0
@@ -417,7 +426,11 @@ class Decoder(nn.Module):
             a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype
         )
         layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=remat_policy(self.remat))
-        more = (self.balance, self.mesh, self.sampling)
+
+        def of(stack: Stack) -> tuple:
+            kernel = None if self.kernel is None else self.kernel.over(stack.windows)
+            return a, self.dtype, stack.experts, self.balance, kernel, self.mesh, self.sampling
+
         if self.scanned:
             scan = functools.partial(
                 nn.scan,
@@ -428,11 +441,11 @@ class Decoder(nn.Module):
             )
             for i, stack in enumerate(a.stacks):
                 unroll = stack.layers if stack.layers <= self.unroll else 1
-                setattr(self, f"stack_{i}", scan(unroll=unroll)(a, self.dtype, stack.experts, *more))
+                setattr(self, f"stack_{i}", scan(unroll=unroll)(*of(stack)))
         else:
             for i, stack in enumerate(a.stacks):
                 for j in range(stack.layers):
-                    setattr(self, f"stack_{i}_layer_{j}", layer(a, self.dtype, stack.experts, *more))
+                    setattr(self, f"stack_{i}_layer_{j}", layer(*of(stack)))
         self.final_norm = Norm(a.norm_eps, a.norm_offset)
         if not a.tied:
             self.head = Dense(a.vocabulary, self.dtype)

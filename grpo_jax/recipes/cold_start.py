@@ -17,6 +17,7 @@ from grpo_jax.config import Config, RewardsConfig
 from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import write_atomic
+from grpo_jax.models.build import build_decoder
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.optimizer import make_optimizer, make_schedule
@@ -24,7 +25,7 @@ from grpo_jax.parallel import whole
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop
 from grpo_jax.recipes.sft import fit, read_chats
-from grpo_jax.recipes.supervised import about_base, put_variables, save_adapters, save_model, supervised_decoder
+from grpo_jax.recipes.supervised import about_base, put_variables, save_adapters, save_model
 from grpo_jax.rewards.scorer import build_scorer
 from grpo_jax.step import StepParts
 from grpo_jax.terminal import Terminal
@@ -55,7 +56,7 @@ def make_cold_start(
         terminal.say("cold start: sampling the model for right answers")
         write_samples(config, model, rows["train"], mesh, chats, stop, terminal)
     examples = read_chats(str(chats), config.text, model.tokenizer, sft.max_length)
-    module = supervised_decoder(config, model, mesh)
+    module = build_decoder(config, model.architecture, mesh)
     collections = put_variables(config, model, mesh)
     given = (collections, examples, mesh, folder / "sft", stop, terminal, "cold start", about_base(config, model))
     trained = fit(config, sft, module, *given)

@@ -26,7 +26,8 @@ from grpo_jax.data.mixture import SET, build_mixture, load_all_rows
 from grpo_jax.data.prompts import PromptSet, build_prompt_set, make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.abstract import base_sizes
+from grpo_jax.models.build import build_policy
 from grpo_jax.models.loading import LoadedModel, load_model, parameter_table
 from grpo_jax.models.lora import split_variables, target_layers
 from grpo_jax.models.peft import read_adapters
@@ -193,6 +194,7 @@ def check_inputs(
     open_reward_models(config.rewards, config.model, None)
     open_teacher(config.distill, config.model, None)
     if not config.model.path:
+        build_policy(config, base_sizes(config.base, config.base.vocabulary), mesh)  # raises where it cannot be
         return None
     model = with_end_tokens(load_model(config.model.path, keep_adapters=config.lora.rank > 0), config)
     prepare(config, model, rows, mesh, rewards)
@@ -266,14 +268,7 @@ def prepare(
             build_mixture(config, rows[split], split == "train"),
         )
     updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
-    module = Decoder(
-        model.architecture,
-        dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
-        balance=config.optim.routing_bias_rate > 0,
-        mesh=mesh,
-        sampling=config.mesh.sampling,
-    )
+    module = build_policy(config, model.architecture, mesh)
     parts = StepParts(
         config,
         module,

@@ -18,6 +18,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import InputError
 from grpo_jax.models.abstract import abstract_params, abstract_teacher
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.build import kernel_name
 from grpo_jax.models.cache import init_cache
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer
@@ -169,7 +170,10 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     """`plan` with the parameter tree's shapes at hand."""
     sizes = sizes_of(config, topology.chips)
     check_batch(config, sizes.mesh)
-    memory, work = plan_memory(config, architecture, sizes, params), plan_work(config, architecture, sizes, params)
+    tpu = topology.chip.tpu and kernel_name(config.model, architecture, "tpu", sizes.mesh.shape, None)
+    splash = bool(tpu) and not config.train.share_prefix
+    memory = plan_memory(config, architecture, sizes, params, splash)
+    work = plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
     read = (memory.sampling_weights + memory.cache) * work.passes
     sampling = work.prefill * share / chip.flops
@@ -179,8 +183,8 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     return Plan(memory, work, sampling, update)
 
 
-def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> Memory:
-    """Bytes of one device by use."""
+def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any, splash: bool = False) -> Memory:
+    """Bytes of one device by use; `splash`: training attends by that kernel."""
     trainable, frozen = abstract_variables(params, config.lora)
     dtype = jnp.dtype(config.model.param_dtype)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
@@ -204,7 +208,7 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any) -> M
         gradient=2 * float32,
         cast=held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0,
         gathered=_gathered(config, a, sizes, params, compute),
-        activations=_activations(config, a, sizes, shape, compute),
+        activations=_activations(config, a, sizes, shape, compute, splash),
         logits=_logits(config, a, sizes, shape),
         fetched=max((state[name] for name in away if name in state), default=0.0),
     )
@@ -338,7 +342,9 @@ def _gathered(config: Config, a: Architecture, sizes: Sizes, params: Any, comput
     return max(layer * (2 * compute + width), head * (2 * compute + width))
 
 
-def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape, compute: int) -> float:
+def _activations(
+    config: Config, a: Architecture, sizes: Sizes, shape: PackShape, compute: int, splash: bool = False
+) -> float:
     """What the backward pass keeps of each layer (its input; without rematerialisation all), and one's insides."""
     length, prompt = config.sampler.max_new_tokens, config.data.max_prompt_length
     width = length if shape.shared else length + prompt
@@ -347,13 +353,16 @@ def _activations(config: Config, a: Architecture, sizes: Sizes, shape: PackShape
     seen = width + (shape.prompts * prompt if shape.shared else 0)
     scores = shape.rows * heads * width * seen
     scores += shape.prompts * heads * prompt * prompt if shape.shared else 0
+    sums = 0.0
+    if splash:  # no scores, and for each query a log-sum-exp that the kernel writes 128 times; the first is kept
+        scores, sums = 0.0, shape.rows * heads * width * 128 * 4.0
     query = heads * a.head_size
     inner = tokens * compute * (4 * a.width + 4 * query + _mlp_numbers(a, sizes)) + scores * (4 + compute)
     kept = tokens * a.width * compute
     inner, kept = inner / sizes.sequence, kept / sizes.sequence
     if config.model.remat in ("full", "offload_dot_with_no_batch_dims"):
-        return a.layers * kept + 1.5 * inner
-    return a.layers * (inner + kept)
+        return a.layers * kept + 1.5 * inner + sums
+    return a.layers * (inner + kept) + sums
 
 
 def _mlp_numbers(a: Architecture, sizes: Sizes) -> float:

@@ -12,7 +12,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import InputError
 from grpo_jax.models.abstract import abstract_params, abstract_teacher, teacher_architecture
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.build import build_policy
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import row_sharding
@@ -81,14 +81,7 @@ def step_parts(config: Config, mesh: Mesh, architecture: Architecture) -> StepPa
         {name: _stand_in for name in host_rewards(config)},
     )
     updates = config.train.steps * config.objective.num_iterations * config.objective.minibatches
-    module = Decoder(
-        architecture,
-        dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
-        balance=config.optim.routing_bias_rate > 0,
-        mesh=mesh,
-        sampling=config.mesh.sampling,
-    )
+    module = build_policy(config, architecture, mesh)
     optimizer, schedule = make_optimizer(config.optim, updates), make_schedule(config.optim, updates)
     stops = stop_table(config.sampler.stop, token_bytes)
     taught = teacher_architecture(config)

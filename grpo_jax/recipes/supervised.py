@@ -30,6 +30,7 @@ from grpo_jax.config import (
 from grpo_jax.data.order import row_order
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, Mean, RunWriter, divide
+from grpo_jax.models.build import build_decoder
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.huggingface import write_folder
 from grpo_jax.models.loading import LoadedModel, load_model
@@ -178,16 +179,10 @@ def open_model(config: Config, options: Options, name: str) -> tuple[LoadedModel
     return dataclasses.replace(model, tokenizer=model.tokenizer.with_end_tokens(config.text.end_tokens)), mesh
 
 
-def supervised_decoder(config: Config, model: LoadedModel, mesh: Mesh) -> Decoder:
-    """The decoder that is trained."""
-    dtype = jnp.dtype(config.model.compute_dtype)
-    return Decoder(model.architecture, dtype=dtype, remat=config.model.remat, mesh=mesh, sampling=config.mesh.sampling)
-
-
 def open_run(config: Config, model: LoadedModel, mesh: Mesh, workdir: pathlib.Path) -> tuple[Decoder, Stop]:
     """The decoder, and what ends the run when its time is up; the workdir becomes this run's."""
+    module = build_decoder(config, model.architecture, mesh)
     open_workdir(workdir, config)
-    module = supervised_decoder(config, model, mesh)
     return module, open_stop(config, workdir)
 
 

@@ -26,6 +26,8 @@ from grpo_jax.config import Config, from_dict, load_config_module
 from grpo_jax.data.prompts import PromptSet, make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import Fetcher, RunWriter, divide, read_jsonl, write_json_atomic
+from grpo_jax.models.abstract import base_sizes
+from grpo_jax.models.build import build_policy
 from grpo_jax.models.loading import LoadedModel, load_model
 from grpo_jax.parallel import ROWS, check_batch, make_mesh, place, put_rows, replicated, shardings
 from grpo_jax.recipes.base import make_base
@@ -100,6 +102,9 @@ def run(config: Config, workdir: pathlib.Path, sweep: Sweep, terminal: Terminal 
         sets = each.data.sets
         refuse_host_rewards(build_scorer(each.rewards, [b""], rows["train"], lambda ids: "", mesh, sets=sets))
     model = with_end_tokens(load_model(config.model.path), config) if config.model.path else None
+    sizes = model.architecture if model else base_sizes(config.base, config.base.vocabulary)
+    for each in sweep.configs.values():
+        build_policy(each, sizes, mesh)  # raises where a kernel that is named cannot serve
     open_workdir(workdir, config)
     with open_stop(config, workdir) as stop, terminal:
         if model is None:

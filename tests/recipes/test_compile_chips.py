@@ -5,6 +5,7 @@ Each compile runs in a process of its own, as `grpo-jax compile` does: jax reads
 
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -19,7 +20,7 @@ BASE = {
     "model.remat": "full", "model.logits_chunk": 512, "objective.beta": 0.01, "rewards.names": "('format',)",
     "rewards.weights": "(1.0,)", "mesh.data": 1, "mesh.fsdp": 4, "mesh.sampling": "tensor", "base.layers": 2,
     "base.width": 2048, "base.heads": 16, "base.kv_heads": 4, "base.mlp_width": 8192, "base.vocabulary": 32000,
-    "base.sft.batch_size": 8, "train.share_prefix": False,
+    "base.sft.batch_size": 8, "train.share_prefix": False, "model.attention": "xla",
 }  # fmt: skip
 
 WIDE = {
@@ -31,7 +32,7 @@ QWEN_1_5B = {
     "base.layers": 2, "base.width": 1536, "base.heads": 12, "base.kv_heads": 2, "base.mlp_width": 8960,
     "base.vocabulary": 151936, "base.tied": True, "base.sft.batch_size": 64,
 }  # fmt: skip
-SCALE = ["--config", "scale", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
+SCALE = ["--config", "scale", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.attention=xla"]
 
 # Ten configs, each far from the others in something that a formula must know: (machine, options).
 CONFIGS = {
@@ -73,6 +74,20 @@ def test_the_plan_is_within_15_percent_of_the_compiler(run_cli, name):
     line = next(line for line in said.stdout.splitlines() if "GiB a device" in line and " of " in line)
     total = float(line.split(": ")[1].split(" of ")[0]) * 2**30
     assert total == pytest.approx(report["total"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["splash", "xla"])
+def test_training_attends_by_splash_attention(run_cli, tmp_path, attention):
+    """Three kernels, forward and backward, and no scores of whole rows: over rows and heads on four chips."""
+    needs("libtpu")
+    fields = {"mesh.fsdp": 2, "mesh.tensor": 2, "base.layers": 2, "base.width": 1024, "model.attention": attention}
+    report_of(run_cli, "v5e:2x2", ["--hlo", "program.txt", *options(BASE | fields)])
+    program = (tmp_path / "program.txt").read_text()
+    kernels = set(re.findall(r"splash_mha_(fwd|dq|dkv)_segmented", program))
+    scores = re.findall(r"(?:f32|bf16)\[(?:\d+,)+256,256\]", program)  # prompt and completion are 256
+    assert "tpu_custom_call" in program or attention == "xla"
+    assert (kernels == {"fwd", "dq", "dkv"}) == (attention == "splash") == (not scores)
 
 
 @pytest.mark.slow
