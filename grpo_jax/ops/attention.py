@@ -115,11 +115,20 @@ def attend_shared_prefix(
     """
     batch, _, heads, size = query.shape
     (prefix_key, prefix_value, prefix_mask), (own_key, own_value, own_mask) = prefix, own
-    count, kv_heads, _, length = prefix_key.shape
+    count, kv_heads = prefix_key.shape[:2]
+
+    def by_prefix(x: Float[Array, "B K G z"]) -> Float[Array, "N K R*G z"]:
+        # The rows of a prefix together under each key head: plain products, the only ones that XLA's CPU backend has
+        # a fast kernel for.
+        x = x.reshape(count, -1, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 2).reshape(count, kv_heads, -1, x.shape[-1])
+
+    def by_row(x: Float[Array, "N K R*G z"]) -> Float[Array, "B K G z"]:
+        x = x.reshape(count, kv_heads, batch // count, -1, x.shape[-1])
+        return jnp.moveaxis(x, 2, 1).reshape(batch, kv_heads, -1, x.shape[-1])
+
     grouped = query.reshape(batch, kv_heads, -1, size)
-    by_prefix = query.reshape(count, batch // count, kv_heads, -1, size)
-    prefix_scores = jnp.einsum("nrkge,nkep->nrkgp", by_prefix, prefix_key, preferred_element_type=jnp.float32)
-    prefix_scores = prefix_scores.reshape(batch, kv_heads, -1, length)
+    prefix_scores = by_row(jnp.matmul(by_prefix(grouped), prefix_key, preferred_element_type=jnp.float32))
     own_scores = jnp.einsum("bkge,bkez->bkgz", grouped, own_key, preferred_element_type=jnp.float32)
     factor = scale or size**-0.5
     prefix_weights, own_weights = softmax(
@@ -128,9 +137,7 @@ def attend_shared_prefix(
             jnp.where(own_mask[:, None], soft_cap(own_scores * factor, cap), MASKED),
         ]
     )
-    prefix_weights = prefix_weights.reshape(count, batch // count, kv_heads, -1, length)
-    out = jnp.einsum("nrkgp,nkpe->nrkge", prefix_weights.astype(prefix_value.dtype), prefix_value)
-    out = out.reshape(batch, kv_heads, -1, out.shape[-1])
+    out = by_row(jnp.matmul(by_prefix(prefix_weights.astype(prefix_value.dtype)), prefix_value))
     out = out + jnp.einsum("bkgz,bkze->bkge", own_weights.astype(own_value.dtype), own_value)
     return out.reshape(batch, 1, heads, out.shape[-1])
 
