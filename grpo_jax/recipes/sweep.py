@@ -74,6 +74,8 @@ def read_sweep(path: pathlib.Path, config: Config) -> Sweep:
                 f"{path}: runs[{name!r}]: all seeds run in one program, which has no step.mode='staged' and no "
                 "sampler.slots: use 'fused' and 0"
             )
+        if configs[name].mesh.offload != "none":
+            raise InputError(f"{path}: runs[{name!r}]: mesh.offload: states of all seeds stay on devices: use 'none'")
     seeds = tuple(given["seeds"])
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed <= MAX_SEED for seed in seeds):
         raise InputError(f"{path}: seeds={seeds} must be different numbers from 0 to {MAX_SEED}")
