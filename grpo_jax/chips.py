@@ -188,8 +188,9 @@ def parse_topology(text: str) -> Topology:
     if not chip.tpu:
         if len(sizes) > 1 or slices > 1:
             raise InputError(f"{text!r}: give a number of GPUs, such as {name}:8")
-        if sizes[0] > BOX and sizes[0] % BOX:
-            whole = sizes[0] // BOX * BOX
+        count = math.prod(sizes)
+        if count > BOX and count % BOX:
+            whole = count // BOX * BOX
             raise InputError(f"{text!r}: more than {BOX} GPUs are boxes of {BOX}, such as {name}:{whole}")
         return Topology(chip, sizes)
     dimensions = 3 if name in THREE_DIMENSIONS else 2

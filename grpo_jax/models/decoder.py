@@ -347,7 +347,7 @@ class ExpertMlp(nn.Module):
         if self.place.mesh is None:
             out = mix_experts(x.reshape(-1, a.width), experts, weights, kernels, activation).reshape(x.shape)
         else:
-            given = (x, *(y.reshape(*x.shape[:2], -1) for y in (experts, weights)))
+            given = (x, experts.reshape(*x.shape[:2], -1), weights.reshape(*x.shape[:2], -1))
             out = mix_experts_on(self.place.mesh, self.place.rows, self.place.drop, given, kernels, activation)
         return out + Mlp(a, self.dtype, e.shared_width, columns, name="shared")(x) if e.shared_width else out
 

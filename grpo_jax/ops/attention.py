@@ -174,7 +174,8 @@ def attend_self(
 
         ids, own = jax.tree.map(lambda x: gather(x, x.ndim - 1), segments), segments
         own = segments.replace(chunks=1) if isinstance(segments, SharedPrefix) else own
-        return _attend((query, seen[2], own), (*map(gather, seen), ids), window, scale, cap)
+        key, value, places = map(gather, seen)
+        return _attend((query, seen[2], own), (key, value, places, ids), window, scale, cap)
 
     specs = (columns, (columns, columns, columns), by_token, PartitionSpec())
     over = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=columns, axis_names={"sequence"})
@@ -217,11 +218,11 @@ def attend_packed(
         cut(places, segments),
         cut(key_places, key_segments),
     )
-    ids = [x.prompt_segments.reshape(parts * n, -1) for x in (segments, key_segments)]
-    mask = visible(prompt_places, prompt_key_places, *ids, window)
+    ids, key_ids = (x.prompt_segments.reshape(parts * n, -1) for x in (segments, key_segments))
+    mask = visible(prompt_places, prompt_key_places, ids, key_ids, window)
     prompts = attend(prompt_query, prompt_key, prompt_value, mask, scale, cap)
-    ids = [x.segments.reshape(parts * r, -1) for x in (segments, key_segments)]
-    own_mask = visible(row_places, row_key_places, *ids, window)
+    ids, key_ids = (x.segments.reshape(parts * r, -1) for x in (segments, key_segments))
+    own_mask = visible(row_places, row_key_places, ids, key_ids, window)
     # All prompts of the pack lie before each row; a token sees the one that it continues.
     numbers = jnp.arange(1, n + 1)[:, None] * key_segments.prompt_segments  # [D, n, P]: 0 in the padding
     wanted = jnp.where(segments.segments > 0, segments.prompt + 1, -1).reshape(parts, r * length)
@@ -245,8 +246,8 @@ def attend_packed(
         ]
     )
     before = product(mix(before_weights.reshape(parts, kv_heads, -1, n * width).astype(value.dtype), before_value))
-    own = product(mix(own_weights.reshape(parts, kv_heads, r, -1, own_key.shape[3]).astype(value.dtype), own_value))
-    out = (before.reshape(*grouped.shape[:-1], -1) + own.reshape(*grouped.shape[:-1], -1)).transpose(0, 2, 4, 1, 3, 5)
+    after = product(mix(own_weights.reshape(parts, kv_heads, r, -1, own_key.shape[3]).astype(value.dtype), own_value))
+    out = (before.reshape(*grouped.shape[:-1], -1) + after.reshape(*grouped.shape[:-1], -1)).transpose(0, 2, 4, 1, 3, 5)
     rows = out.reshape(parts, r, length, heads, -1)
     return segments.lay(prompts.reshape(parts, n, -1, *prompts.shape[2:]), rows)
 

@@ -7,7 +7,7 @@ Packs with shared prompts and decoding stay with `ops/attention.py`, which both 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def attend_by(
     columns: Mesh | None = None,
 ) -> Float[Array, "R S H v"]:
     """`attend_self`, by the kernel where one is given and rows are whole, have segment ids and split over its mesh."""
-    whole = columns is None and not isinstance(segments, SharedPrefix)
-    if kernel is None or not whole or query.shape[0] % row_shards(kernel.mesh):
+    shared = isinstance(segments, SharedPrefix)
+    if kernel is None or shared or columns is not None or query.shape[0] % row_shards(kernel.mesh):
         return attend_self(query, key, value, positions, segments, window, scale, cap, columns)
     if kernel.name == "cudnn":
         return cudnn_attention(query, key, value, positions, segments, window, scale)
@@ -117,7 +117,7 @@ def splash_attention(
         attn_logits_soft_cap=cap or None,
         interpret=interpret,
     )
-    out = jax.vmap(attend)(query, key, value, splash.SegmentIds(segments, segments))
+    out: Any = jax.vmap(attend)(query, key, value, splash.SegmentIds(segments, segments))
     return jnp.swapaxes(out, 1, 2)[:, :length]
 
 

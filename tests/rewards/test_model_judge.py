@@ -145,7 +145,8 @@ def test_scores_in_the_program_are_those_of_judging_each_completion_on_the_host(
     arrays = (prompts.columns, {name: getattr(rollout, name) for name in ("tokens", "lengths", "group", "weight")})
 
     def score(columns, fields, variables):
-        return scorer.score_in_graph(SimpleNamespace(columns=columns, rewards=None), SimpleNamespace(**fields), variables)
+        prompts = SimpleNamespace(columns=columns, rewards=None)
+        return scorer.score_in_graph(prompts, SimpleNamespace(**fields), variables)
 
     program = jax.jit(score)
     variables = {"model_judge": {"params": params}}
