@@ -7,51 +7,23 @@ Sums, comparisons and countdown in English and Russian, so that languages mix an
 prompts with a preference that the reward models have to learn. Everything is made in the run, a function of the seed.
 """
 
-from grpo_jax.config import default_config
+from grpo_jax.config import config_file, read_config_file
 
 REASONING = "sums,comparison,countdown:en,ru"
 KINDS = ("sums", "comparison", "countdown", "general")
 
 
 def get_config():
-    """What all stages share; a base of 0.7 million parameters."""
-    c = default_config()
-    c.data.source = "tasks"
+    """What all stages share: the tasks of `tasks`, with general prompts, and its base of 0.7 million parameters."""
+    c = read_config_file(config_file("tasks"))
     c.data.path = "sums,comparison,countdown,general:en,ru"
-    c.data.digits = 2
-    c.data.max_prompt_length = 24
-    c.data.prompts_per_step = 16
-    c.tasks.prompts = 2000
     c.tasks.held_out = 48
     c.tasks.chats = 600
     c.tasks.pairs = 1200
     c.tasks.points = 800
-    c.base.layers = 3
-    c.base.width = 128
-    c.base.heads = 4
-    c.base.kv_heads = 2
-    c.base.mlp_width = 384
-    c.base.vocabulary = 768
-    c.base.worked_sums = 24_000
-    c.base.right_share = 0.36
-    c.base.sft.steps = 600
-    c.base.sft.batch_size = 24
-    c.base.sft.max_length = 96
-    c.base.sft.lr = 3e-3
-    c.sampler.group_size = 8
-    c.sampler.max_new_tokens = 64
-    c.rewards.names = ("answer", "format")
-    c.rewards.weights = (1.0, 0.2)
-    c.objective.micro_batch_size = 16
-    c.optim.lr = 3e-4
-    c.optim.schedule = "cosine"
-    c.optim.final_lr_fraction = 0.1
-    c.eval.every = 20
     c.eval.problems = 48
-    c.eval.samples = 4
     c.eval.final_problems = 48
     c.eval.majority = 0
-    c.eval.reflective_words = ("wait", "стой")
     c.sft.batch_size = 24
     c.sft.max_length = 96
     c.reward_model.steps = 150

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -160,11 +161,19 @@ def parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("train", run_train, "train by GRPO; the same command again goes on where it stopped"),
-        ("sft", run_sft, "fine-tune model.path on a JSONL file of chats (sft.path)"),
-        ("dpo", run_dpo, "train model.path on a JSONL file of preferences (dpo.path)"),
+        ("sft", functools.partial(run_recipe, "sft"), "fine-tune model.path on a JSONL file of chats (sft.path)"),
+        ("dpo", functools.partial(run_recipe, "dpo"), "train model.path on a JSONL file of preferences (dpo.path)"),
         ("sweep", run_sweep, "train the configs of a sweep, all seeds of each in one program"),
-        ("tasks", run_tasks, "write the generated tasks of data.path (data.source='tasks') as JSONL files"),
-        ("base", run_base, "make the small base model of a config that names none (model.path='')"),
+        (
+            "tasks",
+            functools.partial(run_recipe, "tasks"),
+            "write the generated tasks of data.path (data.source='tasks') as JSONL files",
+        ),
+        (
+            "base",
+            functools.partial(run_recipe, "base"),
+            "make the small base model of a config that names none (model.path='')",
+        ),
     ):
         made = command(name, run, f"{text}. --config NAME or FILE, --config.field=value")
         made.add_argument("--workdir", help="folder of the run (default: runs/<config name>)")
@@ -269,40 +278,12 @@ def run_train(options: argparse.Namespace, overrides: list[str]) -> int:
     return _until_stopped(run, config, workdir)
 
 
-def run_sft(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`grpo-jax sft`."""
+def run_recipe(recipe: str, options: argparse.Namespace, overrides: list[str]) -> int:
+    """`grpo-jax sft`, `dpo`, `base` and `tasks`: the `run` of that recipe."""
     name, config = _config(options, overrides)
     _set_up_jax(config, options)
-    from grpo_jax.recipes.sft import run
-
-    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_sft"))
-
-
-def run_dpo(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`grpo-jax dpo`."""
-    name, config = _config(options, overrides)
-    _set_up_jax(config, options)
-    from grpo_jax.recipes.dpo import run
-
-    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_dpo"))
-
-
-def run_base(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`grpo-jax base`."""
-    name, config = _config(options, overrides)
-    _set_up_jax(config, options)
-    from grpo_jax.recipes.base import run
-
-    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_base"))
-
-
-def run_tasks(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`grpo-jax tasks`."""
-    name, config = _config(options, overrides)
-    _set_up_jax(config, options)
-    from grpo_jax.recipes.tasks import run
-
-    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_tasks"))
+    run = importlib.import_module(f"grpo_jax.recipes.{recipe}").run
+    return _until_stopped(run, config, pathlib.Path(options.workdir or f"runs/{name}_{recipe}"))
 
 
 def run_sweep(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -530,10 +530,7 @@ class EvalConfig:
     temperature: float = option(1.0, "of the sampled completions; greedy ones are scored beside them")
     top_p: float = option(1.0, "of the sampled completions")
     alarm_drop: float = option(0.1, "warn when pass@1 falls this far below its best")
-    reflective_words: tuple[str, ...] = option(
-        ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check"),
-        "words that are counted in held-out completions, as DeepSeek-R1's authors did; empty: none",
-    )
+    reflective_words: tuple[str, ...] = option((), "words that are counted in held-out completions; empty: none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,9 @@ here. From step 8,200 on the paper allows 65,536 tokens.
 
 from grpo_jax.config import default_config
 
+# Reflective terms of the Nature version, Extended Data Fig. 1.
+REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
+
 
 def get_config():
     """512 prompts x 16 completions of up to 32,768 tokens, 16 updates a rollout, KL 0.001."""
@@ -35,5 +38,6 @@ def get_config():
     c.model.logits_chunk = 1024
     c.model.remat = "full"
     c.optim.lr = 3e-6
+    c.eval.reflective_words = REFLECTIVE
     c.train.steps = 650  # 10,400 updates, 1.6 epochs
     return c

@@ -406,7 +406,6 @@ class Decoder(nn.Module):
     `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
     `kernel`: attends in passes without a cache; None: XLA.
     `mesh`: devices over whose axes expert and sequence the work of a layer is split; `sampling`: `mesh.sampling`.
-    `unroll`: scans of at most this many layers are written out, which saves the copies of what the backward reads.
     """
 
     architecture: Architecture
@@ -417,7 +416,6 @@ class Decoder(nn.Module):
     kernel: Kernel | None = None
     mesh: Mesh | None = None
     sampling: str = "same"
-    unroll: int = 0
 
     def setup(self):
         """Declares the parts; a stack is one scanned layer or a list of layers."""
@@ -432,16 +430,14 @@ class Decoder(nn.Module):
             return a, self.dtype, stack.experts, self.balance, kernel, self.mesh, self.sampling
 
         if self.scanned:
-            scan = functools.partial(
-                nn.scan,
+            scan = nn.scan(
                 layer,
                 variable_axes={"params": 0, "adapters": 0, "adapter_scales": 0},
                 split_rngs={"params": True},
                 in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             )
             for i, stack in enumerate(a.stacks):
-                unroll = stack.layers if stack.layers <= self.unroll else 1
-                setattr(self, f"stack_{i}", scan(unroll=unroll)(*of(stack)))
+                setattr(self, f"stack_{i}", scan(*of(stack)))
         else:
             for i, stack in enumerate(a.stacks):
                 for j in range(stack.layers):

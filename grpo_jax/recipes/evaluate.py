@@ -17,7 +17,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import put_rows, row_sharding, row_shards
 from grpo_jax.rewards.host import Record
-from grpo_jax.rewards.letters import languages_of, share_in_language
+from grpo_jax.rewards.letters import languages_of, share_in_language, word_counts
 from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
@@ -153,7 +153,7 @@ class Evaluator:
                     "prompt": row["prompt"],
                     "answer": row["answer"],
                     "completion": (text := self.tokenizer.decode(ids)),
-                    "language": share_in_language(text, *languages_of([row], self.parts.config.rewards.language)),
+                    "language": language_share(text, *languages_of([row], self.parts.config.rewards.language)),
                     "rewards": self.scorer.components(scores, i),
                     "right": scores.values[i, 0] >= 1.0,
                     "length": int(rollout.lengths[i]),
@@ -228,13 +228,18 @@ def summarise(records: Sequence[dict], reflective: Sequence[str] = ()) -> dict[s
         texts, answers = [r["completion"] for r in records], [r["answer"] for r in records]
         lenient = lenient_reward([r["prompt"] for r in records], texts, answer=answers)
         found["lenient"] = float(np.mean([value or 0.0 for value in lenient]))
-    if all("language" in r for r in records):
-        found["language"] = float(np.mean([r["language"] for r in records]))
+    if shares := [r["language"] for r in records if r.get("language") is not None]:
+        found["language"] = float(np.mean(shares))
     if reflective:
         found["reflective_words"] = float(np.mean([words_among(r["completion"], reflective) for r in records]))
     if found["samples"] > 2:
         found["majority"] = float(np.mean([majority_right(group) for group in by_problem.values()]))
     return found
+
+
+def language_share(text: str, language: str) -> float | None:
+    """Share of the words of a text that are in the script of the language; None where it has no words."""
+    return share_in_language(text, language) if any(word_counts(text, language)) else None
 
 
 def words_among(text: str, words: Sequence[str]) -> int:

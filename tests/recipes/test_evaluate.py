@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax.config import Config
 from grpo_jax.data.prompts import build_prompt_set
-from grpo_jax.recipes.evaluate import Evaluator, bootstrap, majority_right, summarise
+from grpo_jax.recipes.evaluate import Evaluator, bootstrap, language_share, majority_right, summarise
 from grpo_jax.recipes.loop import Stopped
 
 
@@ -89,10 +88,11 @@ def test_lenient_takes_the_last_number_and_strict_does_not():
 
 
 def test_words_and_languages_are_counted():
-    records = [record(0, True, "Wait, 5. wait: waiting", language=1.0), record(1, True, "5", language=0.5)]
+    texts = ["Wait, 5. wait: ещё", "12+3=15"]
+    records = [record(i, True, text, language=language_share(text, "en")) for i, text in enumerate(texts)]
     found = summarise(records, ("wait", "Check"))
-    assert found["reflective_words"] == 1.0 and found["language"] == 0.75
-    assert "reflective_words" not in summarise(records) and "language" not in summarise([record(0, True)])
+    assert found["reflective_words"] == 1.0 and found["language"] == pytest.approx(2 / 3)
+    assert "reflective_words" not in summarise(records) and "language" not in summarise(records[1:])
 
 
 def evaluator(prompts_per_step: int) -> Evaluator:
@@ -141,7 +141,7 @@ def test_other_steps_draw_other_samples_and_fewer_problems_the_same(filled, vari
     other = filled.sample(variables, 5, 4, 1.0, 1.0, step=4)
     assert sum(a["completion"] != b["completion"] for a, b in zip(records, other, strict=True)) > 10
     found, again = filled.measure(variables, 5, 4, 3)
-    assert again == records and found == summarise(records, Config().eval.reflective_words)
+    assert again == records and found == summarise(records)
 
 
 def test_an_evaluation_can_be_ended_between_its_batches(filled, variables):
