@@ -303,30 +303,6 @@ def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), tree)
 
 
-def by_vocabulary(unembed: Callable[[jax.Array], jax.Array], mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Hidden states [R, t, D] to logits [R, t, V] whose vocabulary lies over fsdp as well, where it divides.
-
-    By rows alone every device would gather the output matrix and hold its whole float32 gradient, for each chunk of
-    positions (Qwen2.5-1.5B: 1.3 GiB); this way the states are gathered, which are a hundred times smaller.
-    """
-    columns = ("tensor", "fsdp")
-    if mesh.shape["fsdp"] == 1:
-        return unembed
-    rows, steps = tuple(axis for axis in PACK_AXES if axis not in columns), PartitionSpec.UNCONSTRAINED
-    states = NamedSharding(mesh, PartitionSpec(rows, steps, None))
-    logits = NamedSharding(mesh, PartitionSpec(rows, steps, columns))
-
-    def split(hidden: jax.Array) -> jax.Array:
-        vocabulary = jax.eval_shape(unembed, hidden).shape[-1]
-        sizes = ((hidden.shape[0], rows), (vocabulary, columns))
-        if any(size % int(np.prod([mesh.shape[axis] for axis in axes])) for size, axes in sizes):
-            return unembed(hidden)
-        hidden = jax.lax.with_sharding_constraint(hidden, states)
-        return jax.lax.with_sharding_constraint(unembed(hidden), logits)
-
-    return split
-
-
 @jax.named_scope("sampling")
 def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
     """Parameters in the layout that sampling wants: as trained, not over fsdp, or copied."""

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.batches import PackShape, TrainingBatch, by_row, join, loop, make_packs, pack_shape, split, training_batch
 from grpo_jax.config import Config, SamplerConfig
 from grpo_jax.metrics import Fetcher, Mean
-from grpo_jax.models.decoder import Decoder, DecoderModule, side_by_side, unstack
+from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.models.value import TEACHER, init_value, read_values, without_value
 from grpo_jax.ops.advantages import advantages
 from grpo_jax.ops.corrections import correction_weights
@@ -37,7 +37,6 @@ from grpo_jax.ops.packing import Pack
 from grpo_jax.optimizer import move_routing_biases, split_routing_biases
 from grpo_jax.parallel import (
     PACK_AXES,
-    by_vocabulary,
     constrain_rows,
     gather_columns,
     in_host_memory,
@@ -213,8 +212,7 @@ def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str,
     policy = {name: tree for name, tree in without_value(variables).items() if name not in others}
     cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
     cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
-    cast = unstack(cast, parts.module.architecture)
-    return side_by_side(cast) if isinstance(parts.module, Decoder) and parts.mesh.shape["tensor"] == 1 else cast
+    return unstack(cast, parts.module.architecture)
 
 
 def sample_rollout(
@@ -357,11 +355,7 @@ def completion_logps(
 
 def unembedding(parts: StepParts, variables: dict[str, Any]) -> Callable[[Array], Array]:
     """From hidden states [R, t, D] to logits."""
-
-    def logits(hidden: Array) -> Array:
-        return parts.module.apply(variables, hidden, method="logits")
-
-    return by_vocabulary(logits, parts.mesh)
+    return lambda hidden: parts.module.apply(variables, hidden, method="logits")
 
 
 def law_options(parts: StepParts) -> dict[str, Any]:

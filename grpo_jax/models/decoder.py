@@ -14,7 +14,6 @@ and its own cache buffers, updated in place; `unstack` maps the first layout to 
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -42,7 +41,6 @@ from grpo_jax.parallel import (
     splits_columns,
 )
 
-TOGETHER = (("query", "key", "value"), ("gate", "up"))  # dense layers of one input, as `project` names them
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -167,17 +165,6 @@ class Dense(nn.Module):
         return kernel
 
 
-def project(
-    owner: nn.Module, x: Float[Array, "... I"], sizes: dict[str, int], dtype: Any, use_bias: bool, flat: bool = True
-) -> list[Float[Array, "... O"]]:
-    """Dense layers of one input, inside the module that owns them; one product where they lie `side_by_side`."""
-    together = "_".join(sizes)
-    if not owner.has_variable("params", together):
-        return [Dense(size, dtype, use_bias, flat, name=name)(x) for name, size in sizes.items()]
-    y = Dense(sum(sizes.values()), dtype, use_bias, flat, name=together)(x)
-    return jnp.split(y, list(itertools.accumulate(sizes.values()))[:-1], axis=-1)
-
-
 class Norm(nn.Module):
     """RMS norm with a learned scale, or a learned scale - 1 (`offset`)."""
 
@@ -206,15 +193,16 @@ class Attention(nn.Module):
         a = self.architecture
         batch, length, _ = x.shape
 
-        def heads(name: str, y: Float[Array, "B S heads*E"]) -> Float[Array, "B S heads E"]:
-            y = y.reshape(batch, length, -1, a.head_size)
+        flat = self.columns is None
+
+        def heads(name: str, count: int) -> Float[Array, "B S heads E"]:
+            y = Dense(count * a.head_size, self.dtype, a.qkv_bias, flat, name=name)(x)
+            y = y.reshape(batch, length, count, a.head_size)
             if name == "value":
                 return y
             return rotate(Norm(a.norm_eps, a.norm_offset, name=f"{name}_norm")(y) if a.qk_norm else y, *rotary)
 
-        sizes = {"query": a.heads * a.head_size, "key": a.kv_heads * a.head_size, "value": a.kv_heads * a.head_size}
-        projected = project(self, x, sizes, self.dtype, a.qkv_bias, self.columns is None)
-        query, key, value = (heads(name, y) for name, y in zip(sizes, projected, strict=True))
+        query, key, value = heads("query", a.heads), heads("key", a.kv_heads), heads("value", a.kv_heads)
         entry, index = (None, None) if cache is None else (write(*cache, key, value), cache[1])
         how = (a.score_scale, a.attention_cap)
         if entry is not None and index is not None and index.prefilled:
@@ -223,7 +211,7 @@ class Attention(nn.Module):
             kernel = self.kernel if cache is None else None
             out = attend_by(kernel, query, key, value, positions, segments, window, *how, self.columns)
         out = out.reshape(batch, length, a.heads * a.head_size)
-        return Dense(a.width, self.dtype, a.out_bias, self.columns is None, name="out")(out), entry
+        return Dense(a.width, self.dtype, a.out_bias, flat, name="out")(out), entry
 
 
 class LatentAttention(nn.Module):
@@ -297,7 +285,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The gated MLP."""
         a, more = self.architecture, (self.dtype, self.architecture.mlp_bias, self.columns is None)
-        gate, up = project(self, x, {"gate": self.width, "up": self.width}, *more)
+        gate, up = (Dense(self.width, *more, name=name)(x) for name in ("gate", "up"))
         return Dense(a.width, *more, name="down")(ACTIVATIONS[a.activation](gate) * up)
 
 
@@ -534,23 +522,3 @@ def unstack(variables: dict, architecture: Architecture) -> dict:
                 flat[f"stack_{i}_layer_{j}"] = jax.tree.map(lambda leaf, j=j: leaf[j], tree[f"stack_{i}"])
         out[collection] = flat
     return out
-
-
-def side_by_side(variables: dict) -> dict:
-    """Unstacked variables with the matrices of one input side by side: query, key and value, and gate and up.
-
-    Decoding multiplies few rows, and a wide product is faster than two narrow ones (64 rows on a CPU core: 41 GFLOP/s
-    by a matrix of 256 x 688, 73 by one of 256 x 1376). Adapters are products of their own: with them nothing changes.
-    """
-    if "adapters" in variables:
-        return variables
-
-    def joined(tree: dict) -> dict:
-        tree = {name: joined(leaf) if isinstance(leaf, dict) else leaf for name, leaf in tree.items()}
-        for names in TOGETHER:
-            if all(name in tree for name in names):
-                given = [tree.pop(name) for name in names]
-                tree["_".join(names)] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *given)
-        return tree
-
-    return {**variables, "params": joined(variables["params"])}

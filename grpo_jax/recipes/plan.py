@@ -329,16 +329,14 @@ def _rollout(config: Config, sizes: Sizes) -> float:
 def _gathered(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
     """What fsdp gathers at once: two layers (one in use, one on its way) and one's gradient before it is scattered.
 
-    Or, where the vocabulary does not divide and that is more, the output matrix, its float32 gradient and one of the
-    embedding.
+    Or, where that is more, the output matrix, its float32 gradient and one of the embedding.
     """
     if sizes.fsdp == 1:
         return 0.0
     stacks = {name: tree for name, tree in params.items() if name.startswith("stack_")}
     layer = held(stacks, sizes, 1, ("fsdp",)) / a.layers
     width = 0 if config.lora.rank else 4
-    split = a.vocabulary % (sizes.fsdp * sizes.tensor) == 0  # see `parallel.by_vocabulary`
-    head = 0.0 if split else a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
+    head = a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
     return max(layer * (2 * compute + width), head * (2 * compute + width))
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from grpo_jax.models.architecture import Stack
-from grpo_jax.models.decoder import Decoder, init_params, side_by_side, unstack
+from grpo_jax.models.decoder import Decoder, init_params, unstack
 
 # Two stacks, whose layers look back at all, at 3 and at 2 tokens.
 TWO_STACKS = dataclasses.replace(tiny.architecture(), stacks=(Stack((0, 3)), Stack((2,))))
@@ -66,19 +66,6 @@ def test_the_layout_of_sampling_computes_the_same():
     got = logits_of(TWO_STACKS, scanned=False)(unstack(variables, TWO_STACKS), *inputs)
     real = inputs[2] == 1
     close(np.asarray(got)[real], np.asarray(logits_of(TWO_STACKS)(variables, *inputs))[real])
-
-
-def test_matrices_side_by_side_compute_the_same():
-    """Query, key and value as one product, gate and up as one; adapters keep them apart."""
-    variables = unstack({"params": tiny.params(TWO_STACKS)}, TWO_STACKS)
-    joined, inputs = side_by_side(variables), left_padded()
-    layer, apart = joined["params"]["stack_0_layer_1"], variables["params"]["stack_0_layer_1"]
-    assert set(layer["attention"]) == {"query_key_value", "out"} and set(layer["mlp"]) == {"gate_up", "down"}
-    assert sum(x.size for x in jax.tree.leaves(layer)) == sum(x.size for x in jax.tree.leaves(apart))
-    got, want = (logits_of(TWO_STACKS, scanned=False)(given, *inputs) for given in (joined, variables))
-    close(np.asarray(got), np.asarray(want), 1e-6)
-    adapted = variables | {"adapters": unstack({"adapters": tiny.adapters(TWO_STACKS)}, TWO_STACKS)["adapters"]}
-    assert side_by_side(adapted) is adapted
 
 
 def test_fresh_parameters_have_the_documented_tree():
