@@ -200,10 +200,9 @@ class Evaluator:
             made[each.name] = {
                 "total": float(total),
                 "rewards": means,
-                "language": float(np.mean([r["language"] for r in of_set])),
                 "mean_length": float(np.mean([r["length"] for r in of_set])),
                 "completions": len(own),
-            }
+            } | mean_language(of_set)
         return {"sets": made}
 
 
@@ -228,13 +227,18 @@ def summarise(records: Sequence[dict], reflective: Sequence[str] = ()) -> dict[s
         texts, answers = [r["completion"] for r in records], [r["answer"] for r in records]
         lenient = lenient_reward([r["prompt"] for r in records], texts, answer=answers)
         found["lenient"] = float(np.mean([value or 0.0 for value in lenient]))
-    if shares := [r["language"] for r in records if r.get("language") is not None]:
-        found["language"] = float(np.mean(shares))
+    found |= mean_language(records)
     if reflective:
         found["reflective_words"] = float(np.mean([words_among(r["completion"], reflective) for r in records]))
     if found["samples"] > 2:
         found["majority"] = float(np.mean([majority_right(group) for group in by_problem.values()]))
     return found
+
+
+def mean_language(records: Sequence[dict]) -> dict[str, float]:
+    """'language': the mean share of the completions that have words; nothing where none has."""
+    shares = [r["language"] for r in records if r.get("language") is not None]
+    return {"language": float(np.mean(shares))} if shares else {}
 
 
 def language_share(text: str, language: str) -> float | None:
