@@ -29,6 +29,7 @@ def get_config():
     c.optim.lr = 3e-4
     c.optim.schedule = "cosine"
     c.optim.final_lr_fraction = 0.1
+    c.mesh.cpu_devices = 0
     c.eval.final_problems = 128
     c.train.steps = 120
     return c

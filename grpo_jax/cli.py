@@ -706,10 +706,10 @@ def _set_up_jax(config: configs.Config, options: argparse.Namespace | None = Non
     from grpo_jax import processes
     from grpo_jax.parallel import set_up_process
 
-    set_up_process(config.log.compilation_cache)
     if options is not None:
         place = processes.Place(options.coordinator, options.num_processes, options.process_id)
         processes.join(place, config.distributed, os.environ)
+    set_up_process(config)
 
 
 def _version() -> str:

@@ -477,6 +477,11 @@ class MeshConfig:
         False,
         "the run picks the sizes by devices, their memory and the model, and says why; leave the axes alone",
     )
+    cpu_devices: int = option(
+        1,
+        "devices that this machine's processor counts as where there is no accelerator, rows are split over them; "
+        "0: one a core, as far as rows divide",
+    )
     sampling: str = option(
         "same",
         "layout of the sampling parameters: as trained, not over fsdp, copied",

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -311,18 +312,49 @@ def sampling_layout(variables: Any, mesh: Mesh, sampling: str) -> Any:
     return jax.lax.with_sharding_constraint(variables, shardings(variables, mesh, SAMPLING_DROPS[sampling]))
 
 
-def set_up_process(compilation_cache: str) -> None:
-    """Process-wide settings of a run: the allocator, and the persistent compilation cache.
+def set_up_process(config: Config) -> None:
+    """Process-wide settings of a run: the allocator, devices of the processor, the persistent compilation cache.
 
-    `compilation_cache` is a folder, '' for none, or 'auto': the user's cache folder, unless jax was told of one.
+    `log.compilation_cache` is a folder, '' for none, or 'auto': the user's cache folder, unless jax was told of one.
     """
     keep_host_memory()
+    split_processor(config)
+    compilation_cache = config.log.compilation_cache
     if compilation_cache == "auto" and jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = str(cache_folder() / "compiled") if compilation_cache == "auto" else compilation_cache
     jax.config.update("jax_compilation_cache_dir", folder or None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def split_processor(config: Config) -> None:
+    """Has jax show the processor as `mesh.cpu_devices` devices, each operation on one thread.
+
+    The operations of a small model are too short for several threads each; rows on devices of their own need none.
+    Nothing happens where jax has its devices already, XLA_FLAGS tells their number, or this is one of several processes.
+    """
+    count = config.mesh.cpu_devices or cores_for_rows(config, len(os.sched_getaffinity(0)))
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count == 1 or "xla_force_host_platform_device_count" in flags or jax.distributed.is_initialized():
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # it has them
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+def cores_for_rows(config: Config, cores: int) -> int:
+    """The largest number of devices, up to one a core, that the rows of a batch split over along mesh.data."""
+    for count in range(cores, 1, -1):
+        try:
+            sizes = mesh_sizes(config.mesh, count)
+            check_batch(config, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+        except InputError:
+            continue
+        return count
+    return 1
 
 
 def keep_host_memory() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -57,7 +58,7 @@ from grpo_jax.ops.corrections import correction_weights
 from grpo_jax.ops.objectives import denominators, policy_loss
 from grpo_jax.ops.preference import dpo_losses
 from grpo_jax.optimizer import make_optimizer, make_schedule, move_routing_biases, split_routing_biases
-from grpo_jax.parallel import make_mesh, row_sharding, shardings
+from grpo_jax.parallel import cores_for_rows, make_mesh, row_sharding, shardings
 from grpo_jax.recipes import base, cold_start, dpo, grpo, loop, reward_model, sft, supervised, tasks
 from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.grpo import Recorder, Session, initial_state, prepare, read_rows, sample_rows, with_end_tokens
@@ -1828,6 +1829,22 @@ def test_mesh_axes(name):
     )
     rows = jax.device_put(jnp.zeros((16, 3)), row_sharding(mesh))
     assert rows.addressable_shards[0].data.shape == ((16, 3) if axis == "tensor" else (2, 3))
+
+
+@flips("mesh.cpu_devices")
+def test_mesh_cpu_devices(cli_env):
+    """Before jax has its devices; 0 is one a core, as far as the rows of a batch divide."""
+    show = (
+        "import jax, tiny; from grpo_jax.parallel import split_processor; "
+        "split_processor(tiny.config(**{'mesh.cpu_devices': %d, 'mesh.data': -1})); print(jax.device_count())"
+    )
+    env = cli_env | {"PYTHONPATH": f"{cli_env['PYTHONPATH']}:{pathlib.Path(__file__).parent}"}
+    for count in (1, 3):
+        run = subprocess.run([sys.executable, "-c", show % count], env=env, capture_output=True, text=True, check=True)
+        assert int(run.stdout) == count
+    config = tiny.config(**{"mesh.data": -1, "data.prompts_per_step": 12, "base.sft.batch_size": 24})
+    assert [cores_for_rows(config, cores) for cores in (1, 2, 5, 6, 11, 64)] == [1, 2, 4, 6, 6, 12]
+    assert cores_for_rows(dataclasses.replace(config, mesh=tiny.config().mesh), 6) == 1
 
 
 @flips("mesh.auto")

@@ -97,7 +97,7 @@ def train(
         config = dataclasses.replace(config, rewards=replaced)
     if dataset is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="memory"))
-    set_up_process(config.log.compilation_cache)
+    set_up_process(config)
     return run(config, pathlib.Path(workdir or f"runs/{name}"), dataset, functions)
 
 
