@@ -1607,17 +1607,20 @@ def test_critic():
         assert trainable["value_head"]["kernel"].shape == (tiny.architecture().width, 1)
 
 
+@functools.cache
+def numerator(fields: tuple[tuple[str, float], ...]) -> float:
+    """The numerator of a micro-batch whose values are half a unit off their old ones."""
+    parts, state, pieces = critic_parts(**dict(fields))
+    shape = dataclasses.replace(pack_shape(parts.config, 1), rows=4, prompts=2)  # all of it in one pack
+    pack, micro = make_packs(jax.tree.map(lambda x: x[0], pieces), shape).pick(0)
+    values = completion_values(parts, state.trainable, pack)
+    micro = micro.replace(old_values=values + 0.5, returns=values - 1.0)
+    return float(jax.jit(lambda trained: micro_loss(trained, parts, state.frozen, pack, micro)[0])(state.trainable))
+
+
 def value_numerator(**fields):
-    """What the value loss adds to the numerator of a micro-batch, values being half a unit off their old ones."""
-    found = []
-    for weight in (0.0, None):
-        parts, state, pieces = critic_parts(**{**fields, **({} if weight is None else {"ppo.vf_coef": weight})})
-        shape = dataclasses.replace(pack_shape(parts.config, 1), rows=4, prompts=2)  # all of it in one pack
-        pack, micro = make_packs(jax.tree.map(lambda x: x[0], pieces), shape).pick(0)
-        values = completion_values(parts, state.trainable, pack)
-        micro = micro.replace(old_values=values + 0.5, returns=values - 1.0)
-        found.append(float(micro_loss(state.trainable, parts, state.frozen, pack, micro)[0]))
-    return found[1] - found[0]
+    """What the value loss adds to the numerator."""
+    return numerator(tuple(fields.items())) - numerator((("ppo.vf_coef", 0.0),))
 
 
 @flips("ppo.vf_coef")

@@ -6,7 +6,14 @@ import pytest
 import tiny
 
 from grpo_jax.data.prompts import build_prompt_set
-from grpo_jax.recipes.evaluate import Evaluator, bootstrap, language_share, majority_right, summarise
+from grpo_jax.recipes.evaluate import (
+    Evaluator,
+    bootstrap,
+    language_share,
+    majority_right,
+    mean_language,
+    summarise,
+)
 from grpo_jax.recipes.loop import Stopped
 
 
@@ -93,6 +100,7 @@ def test_words_and_languages_are_counted():
     found = summarise(records, ("wait", "Check"))
     assert found["reflective_words"] == 1.0 and found["language"] == pytest.approx(2 / 3)
     assert "reflective_words" not in summarise(records) and "language" not in summarise(records[1:])
+    assert mean_language(records[1:]) == {} and mean_language(records) == {"language": found["language"]}
 
 
 def evaluator(prompts_per_step: int) -> Evaluator:
