@@ -332,7 +332,7 @@ def split_processor(config: Config) -> None:
     """Has jax show the processor as `mesh.cpu_devices` devices, each operation on one thread.
 
     The operations of a small model are too short for several threads each; rows on devices of their own need none.
-    Nothing happens where jax has its devices already, XLA_FLAGS tells their number, or this is one of several processes.
+    Nothing happens where jax has its devices already or XLA_FLAGS tells their number, nor among several processes.
     """
     count = config.mesh.cpu_devices or cores_for_rows(config, len(os.sched_getaffinity(0)))
     flags = os.environ.get("XLA_FLAGS", "")

@@ -390,7 +390,10 @@ def one_device(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("mode", BAD_REWARDS)
+@pytest.mark.parametrize(
+    "mode",
+    [mode if mode in ("raises", "hangs") else pytest.param(mode, marks=pytest.mark.slow) for mode in BAD_REWARDS],
+)
 def test_a_failing_reward_from_the_command_line(workplace, capsys, monkeypatch, mode):
     code = (
         "from test_bad_input import misbehave\n\n\n"

@@ -243,7 +243,9 @@ def test_stages_that_cannot_be_chosen(given, says):
         chosen_stages(recipe(), **given)
 
 
-def test_the_report_shows_scores_filters_samples_and_costs(tmp_path):
+@pytest.fixture
+def report(tmp_path) -> pathlib.Path:
+    """The page of three stages, with a model's text in it that looks like HTML."""
     run(recipe(), tmp_path, STAGES, start=Fake(tmp_path))
     folder = tmp_path / "zero"
     lines = [{"step": i, "eval/pass@1": i / 9, "length/mean": 9.0, "tokens_per_second": 10.0} for i in range(4)]
@@ -256,11 +258,37 @@ def test_the_report_shows_scores_filters_samples_and_costs(tmp_path):
         place.mkdir()
         row = {"problem": 0, "sample": 0, "question": "1+2=", "completion": text, "strict": float(name == "zero")}
         (place / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    page = write_pipeline_report(tmp_path).read_text()
+    return write_pipeline_report(tmp_path)
+
+
+def test_the_report_shows_scores_filters_samples_and_costs(report):
+    page = report.read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert page.count("<img ") == 2  # bars, and the curves of the one stage that has metrics
-    text = (tmp_path / "report.md").read_text()
+    text = report.with_name("report.md").read_text()
     assert "| sums | pass@1 | 50.0% [40.0%, 60.0%] | 50.0% [40.0%, 60.0%] |" in text
     assert "| Rejection | dropped: not right | 5 |" in text and "cut off" not in text
     assert "| R1-Zero | 0 s |  | 87 |" in text  # 4 steps of 20 tokens, 7 of the evaluation
     assert "(right) 1\\|2 \\<answer>3\\</answer>" in text and "(wrong) \\<script>" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_every_plot_of_the_report(report):
+    """As it is, the page gives no message; with a script let in, each picture is found to have a size."""
+
+    def opened(page: pathlib.Path) -> tuple[str, str]:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+        command = ["chromium", *flags, f"--user-data-dir={page.parent}/chromium", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.stdout, "".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    shown, said = opened(report)
+    assert "Stages by benchmarks" in shown and not said
+    text, counts = report.read_text(), "[...document.images].map(x => x.naturalWidth).join()"
+    script = f"<script>onload = () => document.title = {counts}</script>"
+    asked = report.with_name("asked.html")
+    asked.write_text(text.replace("default-src 'none'", "script-src 'unsafe-inline'").replace("</body>", script))
+    shown, said = opened(asked)
+    title = shown[shown.index("<title>") + 7 : shown.index("</title>")]
+    assert not said and len(title.split(",")) == text.count("<img ") > 0
+    assert all(int(width) > 100 for width in title.split(",")), title

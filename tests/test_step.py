@@ -385,10 +385,15 @@ def clear_share(recorded):
     "fields",
     [
         {"loss_type": "grpo", "minibatches": 2, "num_iterations": 2, "micro_batch_size": 2, **PLAIN},
-        {"loss_type": "bnpo", "minibatches": 2, "micro_batch_size": 4, "mask_truncated": True},
+        pytest.param(
+            {"loss_type": "bnpo", "minibatches": 2, "micro_batch_size": 4, "mask_truncated": True},
+            marks=pytest.mark.slow,
+        ),
         {"loss_type": "dapo", "minibatches": 4, "micro_batch_size": 1, "epsilon_high": 0.4, **PLAIN},
-        {"loss_type": "dapo", "num_iterations": 3},
-        {"loss_type": "dr_grpo", "minibatches": 2, "micro_batch_size": 8, "epsilon": 0.1},
+        pytest.param({"loss_type": "dapo", "num_iterations": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss_type": "dr_grpo", "minibatches": 2, "micro_batch_size": 8, "epsilon": 0.1}, marks=pytest.mark.slow
+        ),
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05},
         {
             "entropy_coef": 0.3,

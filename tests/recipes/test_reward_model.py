@@ -324,7 +324,9 @@ def test_the_fused_step_scores_as_the_host_does():
     jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen())  # a reward model does not learn
 
 
-@pytest.mark.parametrize(("shape", "rows"), [((1, 1, 1), 2), ((2, 2, 2), 0), ((2, 2, 2), 4)])
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((1, 1, 1), 2), pytest.param((2, 2, 2), 0, marks=pytest.mark.slow), ((2, 2, 2), 4)]
+)
 def test_the_scores_do_not_depend_on_the_mesh_or_the_pieces(shape, rows):
     _, prompts, _, _, rollout = stepped()
     sizes = {"mesh.data": shape[0], "mesh.fsdp": shape[1], "mesh.tensor": shape[2], "data.prompts_per_step": 4}

@@ -105,7 +105,7 @@ def test_the_language_of_a_row_is_that_of_its_completions():
     assert values[:, 0].tolist() == want and want[:5] == [1, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_components_come_in_config_order_fused_and_staged(shape):
     names = ("some", "cosine", "number", "answer", "format", "repetition", "answer_format")
     scorer = build(names, callables={"some": some}, mesh=mesh_of(*shape))
