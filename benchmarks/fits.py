@@ -22,7 +22,9 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.recipes.mesh import USED, for_topology
 from grpo_jax.recipes.plan import plan_params, sizes_of
 
-MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3-8B", "Qwen2.5-32B", "Llama-3-70B")
+MODELS = (
+    "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3-8B", "Qwen2.5-32B", "Llama-3-70B", "DeepSeek-V3-671B",
+)  # fmt: skip
 SLICES = ("1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 MACHINES = {
     "v5e": [f"v5e:{shape}" for shape in SLICES] + [f"{n}*v5e:16x16" for n in (2, 4)],

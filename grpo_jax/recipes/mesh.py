@@ -12,7 +12,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.models.abstract import abstract_params, architecture_of
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.parallel import AXES, check_batch, mesh_text
-from grpo_jax.recipes.plan import Sizes, plan_memory
+from grpo_jax.recipes.plan import Sizes, plan_memory, state_shapes
 from grpo_jax.terminal import Terminal
 from grpo_jax.topology import chip_here
 
@@ -79,10 +79,10 @@ def pick_sizes(config: Config, architecture: Architecture, machine: Machine) -> 
     need least.
     """
     placed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, auto=False))
-    params = abstract_params(architecture)
+    shapes = state_shapes(placed, abstract_params(architecture))
     first, least = None, None
     for sizes in candidates(placed, architecture, machine):
-        need = plan_memory(placed_on(placed, sizes), architecture, sizes, params).total
+        need = plan_memory(placed_on(placed, sizes), architecture, sizes, shapes).total
         first = first or (need, sizes)
         if not machine.memory or need <= USED * machine.memory:
             return Picked(sizes, reasons(sizes, first, need, machine, config))

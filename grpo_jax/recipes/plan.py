@@ -130,6 +130,16 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Trees of shapes: the model's parameters, what of them is trained and what frozen, the optimizer's state."""
+
+    params: Any
+    trainable: Any
+    frozen: Any
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Devices along the axes."""
 
@@ -172,7 +182,7 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     check_batch(config, sizes.mesh)
     tpu = topology.chip.tpu and kernel_name(config.model, architecture, "tpu", sizes.mesh.shape, None)
     splash = bool(tpu) and not config.train.share_prefix
-    memory = plan_memory(config, architecture, sizes, params, splash)
+    memory = plan_memory(config, architecture, sizes, state_shapes(config, params), splash)
     work = plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
     read = (memory.sampling_weights + memory.cache) * work.passes
@@ -183,22 +193,28 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     return Plan(memory, work, sampling, update)
 
 
-def plan_memory(config: Config, a: Architecture, sizes: Sizes, params: Any, splash: bool = False) -> Memory:
-    """Bytes of one device by use; `splash`: training attends by that kernel."""
+def state_shapes(config: Config, params: Any) -> Shapes:
+    """What a run holds between steps, whatever the mesh."""
     trainable, frozen = abstract_variables(params, config.lora)
     dtype = jnp.dtype(config.model.param_dtype)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trainable)
     optimizer = jax.eval_shape(make_optimizer(config.optim, 1).init, trainable)
+    return Shapes(params, trainable, {**frozen, **abstract_teacher(config)}, optimizer)
+
+
+def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, splash: bool = False) -> Memory:
+    """Bytes of one device by use; `splash`: training attends by that kernel."""
+    params, trainable = shapes.params, shapes.trainable
     shape, compute = pack_shape(config, sizes.parts, sizes.sequence), jnp.dtype(config.model.compute_dtype).itemsize
     masters = held(trainable, sizes)
     float32 = held(trainable, sizes, 4)
     kept = config.objective.beta > 0 and not config.lora.rank
-    state = {"optimizer": held(optimizer, sizes), "reference": masters if kept else 0.0}
+    state = {"optimizer": held(shapes.optimizer, sizes), "reference": masters if kept else 0.0}
     away = {"both": tuple(state)}.get(config.mesh.offload, (config.mesh.offload,))
     critic = masters if config.objective.baseline == "value" and config.ppo.critic == "model" else 0.0
     return Memory(
         masters=masters + critic,
-        frozen=held({**frozen, **abstract_teacher(config)}, sizes),
+        frozen=held(shapes.frozen, sizes),
         optimizer=0.0 if "optimizer" in away else state["optimizer"] * (2 if critic else 1),
         reference=0.0 if "reference" in away else state["reference"],
         sampling_weights=sampling_weights(config, sizes, params),
