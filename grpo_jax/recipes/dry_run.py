@@ -7,7 +7,7 @@ from grpo_jax.config import Config
 from grpo_jax.data.mixture import SET, components_of
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.decoder import Decoder, init_params
-from grpo_jax.parallel import check_batch, check_offload, make_mesh, pack_shards
+from grpo_jax.parallel import check_batch, check_offload, make_mesh, pack_shards, split_processor
 from grpo_jax.recipes.grpo import check_inputs, read_rows, show_parameters
 from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.terminal import Terminal
@@ -16,6 +16,7 @@ from grpo_jax.terminal import Terminal
 def dry_run(config: Config, terminal: Terminal | None = None) -> None:
     """Prints the run's arithmetic; reads data and weights' shapes, so that bad input shows here too."""
     terminal = terminal or Terminal()
+    split_processor(config)
     config = with_mesh(config, terminal)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
