@@ -202,7 +202,8 @@ class TasksConfig:
 
     prompts: int = option(2000, "training prompts with answers, and as many general ones, at most")
     held_out: int = option(200, "held-out prompts of each kind, at most; of chats, pairs and points together a tenth")
-    chats: int = option(400, "chats with good responses to general prompts")
+    chats: int = option(400, "chats with responses to general prompts")
+    good_share: float = option(1.0, "share of the chats whose response is good; the others have a flaw")
     pairs: int = option(1500, "pairs of responses to general prompts, the more helpful one chosen")
     points: int = option(1000, "responses to general prompts, labelled harmless or not")
 
@@ -855,7 +856,7 @@ def validate(config: Config, source: str = "config") -> None:
         "must be from 0 to sampler.max_new_tokens",
     )
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
-    for name in ("base.right_share", "ppo.gamma", "ppo.lam"):
+    for name in ("base.right_share", "tasks.good_share", "ppo.gamma", "ppo.lam"):
         require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")
     require(0 <= c.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "must be at least 0 and below 0.5")
     for name in ("optim.b1", "optim.b2"):

@@ -232,6 +232,7 @@ SETS = {"data.sets": (TALK,), "model.path": "somewhere"}
         ({**SETS, "data.sets": ({**TALK, "late": True},), "rewards.late_from": 0.5}, "data.sets.late=(True,) leaves"),
         ({**SETS, "data.sets": ({**TALK, "rewards": ("format",)},)}, "data.sets.rewards=(('format',),) has 'answer'"),
         ({"base.right_share": 1.1}, "base.right_share=1.1 must lie between 0 and 1"),
+        ({"tasks.good_share": -0.1}, "tasks.good_share=-0.1 must lie between 0 and 1"),
         ({"optim.b1": 1.0}, "optim.b1=1.0 must be at least 0 and below 1"),
         ({"optim.b2": -0.1}, "optim.b2=-0.1 must be at least 0 and below 1"),
         ({"rewards.names": (), "rewards.weights": ()}, "rewards.names=() is empty"),

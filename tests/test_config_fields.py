@@ -42,6 +42,7 @@ from grpo_jax.config import (
     parse_duration,
     value_of,
 )
+from grpo_jax.data import general
 from grpo_jax.data.arithmetic import worked_sums
 from grpo_jax.data.mixture import build_mixture, load_all_rows
 from grpo_jax.data.prompts import make_batch
@@ -803,6 +804,18 @@ def test_digits():
 
 
 TASK_FILES = {"prompts": "train", "held_out": "eval_sums", "chats": "chats", "pairs": "helpful", "points": "harmless"}
+
+
+@flips("tasks.good_share")
+def test_good_share():
+    """Of 400 chats, how many are preferred as good responses are: their preference is 1, that of a flawed one below."""
+    fields = {"data.source": "tasks", "data.path": "sums,general:en,ru", "tasks.chats": 400}
+    good = {}
+    for share in (1.0, 0.4):
+        rows = tasks.made_files(tiny.config(**fields, **{"tasks.good_share": share}))["chats.jsonl"]
+        said = [[message["content"] for message in row["messages"]] for row in rows]
+        good[share] = sum(general.preference(*texts) == 1.0 for texts in said) / len(said)
+    assert good[1.0] == 1.0 and good[0.4] == pytest.approx(0.4, abs=0.08)
 
 
 @flips(*(f"tasks.{leaf}" for leaf in TASK_FILES))

@@ -339,19 +339,15 @@ def _training(seed: int, language: str) -> list[Request]:
 # Rows for supervised stages; each maker gives `count` rows, languages by turns.
 
 
-def chats(seed: int, split: str, languages: Sequence[str], count: int) -> list[dict]:
-    """Chats with good responses, as `grpo-jax sft` reads them."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": request.prompt},
-                {"role": "assistant", "content": good(request, rng)},
-            ],
-            "language": request.language,
-            "set": "general",
-        }
-        for request, rng in itertools.islice(_drawn(seed, split, languages, "chats"), count)
-    ]
+def chats(seed: int, split: str, languages: Sequence[str], count: int, good_share: float = 1.0) -> list[dict[str, Any]]:
+    """Chats as `grpo-jax sft` reads them, a share of them with good responses, the others with a flawed one."""
+    made = []
+    for request, rng in itertools.islice(_drawn(seed, split, languages, "chats"), count):
+        flawed = good_share < 1 and rng.random() >= good_share
+        said = response(request, rng.choice(list(FLAWS)) if flawed else "good", rng)
+        messages = [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": said}]
+        made.append({"messages": messages, "language": request.language, "set": "general"})
+    return made
 
 
 def pairs(seed: int, split: str, languages: Sequence[str], count: int) -> list[dict]:

@@ -66,7 +66,7 @@ def _general_files(config: Config, languages: Sequence[str]) -> dict[str, list[d
     return {
         "general.jsonl": _rows(config, [tasks.GENERAL], languages, "train")[: given.prompts],
         "eval_general.jsonl": _rows(config, [tasks.GENERAL], languages, "eval")[: given.held_out],
-        "chats.jsonl": general.chats(seed, "train", languages, given.chats),
+        "chats.jsonl": general.chats(seed, "train", languages, given.chats, given.good_share),
         "helpful.jsonl": general.pairs(seed, "train", languages, given.pairs),
         "eval_helpful.jsonl": general.pairs(seed, "eval", languages, max(given.pairs // 10, 1)),
         "harmless.jsonl": general.points(seed, "train", languages, given.points),
