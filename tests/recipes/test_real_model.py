@@ -91,3 +91,22 @@ def test_gsm8k(run_cli, tmp_path, cache, repo_root, quick_compiles):
     assert samples and all(row["answer"].isdigit() and "####" not in row["answer"] for row in samples)
     (answer,) = read_lines(tmp_path / "run/before.samples.jsonl")
     assert answer["completion"] == "To add 7 and 5, you simply add them together: 7 + 5 = 12." and answer["ended"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["r1_qwen2.5_1.5b", "r1_zero_qwen2.5_32b"])
+def test_two_steps_of_the_recipes_for_real_models(run_cli, tmp_path, cache, repo_root, quick_compiles, config):
+    """Their first stage, R1-Zero, as it is but for the model, the file of problems, and sizes."""
+    rows = repo_root / "tests/fixtures/gsm8k_small.jsonl"
+    run = run_cli(
+        "train", "--config", config, "--workdir", tmp_path / "run", *SMALL, cache, "--config.model.path=smollm2-135m",
+        "--config.data.source=jsonl", f"--config.data.path={rows}", f"--config.data.eval_path={rows}",
+        "--config.data.prompts_per_step=2", "--config.data.max_prompt_length=200", "--config.sampler.max_new_tokens=12",
+        "--config.objective.minibatches=1", "--config.objective.num_iterations=1", timeout=1800, env=quick_compiles,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["skipped"] == 0 and line["length/mean"] > 0 for line in lines)
+    held = json.loads((tmp_path / "run/config.json").read_text())
+    assert held["text"]["template"] == "r1_zero" and held["model"]["compute_dtype"] == "bfloat16"
