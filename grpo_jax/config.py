@@ -842,7 +842,8 @@ def validate(config: Config, source: str = "config") -> None:
         "objective.correction_max objective.correction_min objective.vespo_k_pos "
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
         "dpo.lr optim.routing_bias_rate rewards.workers rewards.length_budget "
-        "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second log.watchdog_minutes"
+        "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second log.watchdog_minutes "
+        "mesh.cpu_devices"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")

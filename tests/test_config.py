@@ -120,7 +120,7 @@ NOT_NEGATIVE = (
     "objective.vespo_lambda_pos objective.vespo_lambda_neg rewards.workers rewards.length_budget "
     "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second "
     "ppo.vf_coef ppo.cliprange_value dpo.lr lora.rank rewards.code.files_mb rewards.code.parallel "
-    "optim.routing_bias_rate reward_model.lr log.watchdog_minutes"
+    "optim.routing_bias_rate reward_model.lr log.watchdog_minutes mesh.cpu_devices"
 ).split()
 
 

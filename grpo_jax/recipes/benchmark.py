@@ -48,7 +48,7 @@ from grpo_jax.recipes.evaluate import Evaluator
 from grpo_jax.recipes.loop import Stop, open_terminal
 from grpo_jax.rewards.grading import Grade, Grader
 from grpo_jax.rewards.judging import open_judge
-from grpo_jax.rewards.letters import SCRIPTS, share_in_language
+from grpo_jax.rewards.letters import SCRIPTS, language_share
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.texts import opens_thinking, thought_and_answer_fault
 from grpo_jax.rewards.verifiers import byte_table
@@ -367,7 +367,7 @@ class Drawer:
             "question": question_of(problem["prompt"]),
             **graded,
             "format": float(not fault),
-            "language": share_in_language(text, language if language in SCRIPTS else self.settings.language),
+            "language": language_share(text, language if language in SCRIPTS else self.settings.language),
         }
 
     def _draw_missing(

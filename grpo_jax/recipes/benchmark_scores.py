@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.recipes.evaluate import Same, answer_classes, bootstrap, majority, pass_at_k
+from grpo_jax.recipes.evaluate import Same, answer_classes, bootstrap, majority, mean_language, pass_at_k
 from grpo_jax.rewards.mathematics import expected_answer
 from grpo_jax.rewards.texts import expected_text
 
@@ -34,8 +34,9 @@ def scores_of(problems: Sequence[Mapping[str, Any]], records: Records, same: Sam
     if greedy:
         for name, grade in (("greedy", "strict"), ("greedy_lenient", "lenient")):
             found |= _with_interval(name, [group[0][grade] for group in greedy])
-    for name in ("asked", "format", "language"):
+    for name in ("asked", "format"):
         found[name] = float(np.mean([r[name] for r in drawn]))
+    found |= mean_language(drawn)
     if all(r["parts"] for r in drawn):
         for i, name in enumerate(("instructions_strict", "instructions_loose")):
             found[name] = _share_of_rules(problems, drawn, i)

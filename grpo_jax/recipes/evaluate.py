@@ -17,7 +17,7 @@ from grpo_jax.data.prompts import PromptSet, make_eval_batches
 from grpo_jax.metrics import Fetcher
 from grpo_jax.parallel import put_rows, row_sharding, row_shards
 from grpo_jax.rewards.host import Record
-from grpo_jax.rewards.letters import languages_of, share_in_language, word_counts
+from grpo_jax.rewards.letters import language_share, languages_of
 from grpo_jax.rewards.mathematics import verdict_at_once
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
@@ -239,11 +239,6 @@ def mean_language(records: Sequence[dict]) -> dict[str, float]:
     """'language': the mean share of the completions that have words; nothing where none has."""
     shares = [r["language"] for r in records if r.get("language") is not None]
     return {"language": float(np.mean(shares))} if shares else {}
-
-
-def language_share(text: str, language: str) -> float | None:
-    """Share of the words of a text that are in the script of the language; None where it has no words."""
-    return share_in_language(text, language) if any(word_counts(text, language)) else None
 
 
 def words_among(text: str, words: Sequence[str]) -> int:

@@ -115,5 +115,11 @@ def word_counts(text: str, language: str) -> tuple[int, int]:
 
 def share_in_language(text: str, language: str) -> float:
     """Share of the words of a text that are in the script of the language; 1 without any word."""
+    share = language_share(text, language)
+    return 1.0 if share is None else share
+
+
+def language_share(text: str, language: str) -> float | None:
+    """Share of the words of a text that are in the script of the language; None where it has no words."""
     inside, outside = word_counts(text, language)
-    return inside / (inside + outside) if inside + outside else 1.0
+    return inside / (inside + outside) if inside + outside else None

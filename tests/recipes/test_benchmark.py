@@ -64,7 +64,17 @@ def test_scores_of_a_set_by_hand():
     said = [["1/2", "3", "3.0", "0.50"], ["8", "7", "7.0", None]]
     right = [[1, 0, 0, 1], [0, 1, 1, 0]]
     records = [
-        record(p, s, float(right[p][s]), said[p][s], lenient=float(s != 1), length=10 + s, ended=s != 3, format=s / 3)
+        record(
+            p,
+            s,
+            float(right[p][s]),
+            said[p][s],
+            lenient=float(s != 1),
+            length=10 + s,
+            ended=s != 3,
+            format=s / 3,
+            language=s / 4 if p else None,
+        )
         for p in range(2)
         for s in range(4)
     ] + [record(0, None, 1.0, length=100), record(1, None, 0.0, lenient=1.0)]
@@ -75,6 +85,7 @@ def test_scores_of_a_set_by_hand():
     # Problem 0: one half and three have two votes each, one half was drawn first. Problem 1: seven has two of three.
     assert found["cons"] == 1.0 and found["cons@k"] == {"4": 1.0}
     assert (found["greedy"], found["greedy_lenient"], round(found["format"], 9)) == (0.5, 1.0, 0.5)
+    assert found["language"] == (0 + 1 + 2 + 3) / 16, "completions without a word have no say"
     assert (found["mean_length"], found["truncated"], found["tokens"]) == (11.5, 0.25, 92 + 110)
     assert found["length_right"] == np.mean([10, 13, 11, 12]) and found["length_wrong"] == np.mean([11, 12, 10, 13])
     assert found["seconds"] == 5.0
@@ -110,8 +121,8 @@ def test_what_does_not_apply_is_left_out():
     found = scores_of(rules, records, same)
     assert found["instructions_strict"] == pytest.approx(2 / 3) and found["instructions_loose"] == 1.0
     assert not {"cons", "cons@k", "greedy"} & set(found)
-    programs = [record(0, i, 1.0) for i in range(4)]
-    assert "cons" not in scores_of([{"kind": "code"}], programs, same)
+    programs = [record(0, i, 1.0, language=None) for i in range(4)]
+    assert not {"cons", "language"} & set(scores_of([{"kind": "code"}], programs, same))
 
 
 @pytest.fixture(scope="module")

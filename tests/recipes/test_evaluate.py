@@ -9,12 +9,12 @@ from grpo_jax.data.prompts import build_prompt_set
 from grpo_jax.recipes.evaluate import (
     Evaluator,
     bootstrap,
-    language_share,
     majority_right,
     mean_language,
     summarise,
 )
 from grpo_jax.recipes.loop import Stopped
+from grpo_jax.rewards.letters import language_share
 
 
 def record(problem: int, right: bool, completion: str = "", answer: str = "5", **fields) -> dict:
