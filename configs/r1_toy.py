@@ -167,6 +167,7 @@ def get_pipeline():
                     "rewards.helpful.path": "{helpful}/model",
                     "rewards.harmless.path": "{harmless}/model",
                     "sampler.temperature": 0.7,
+                    "train.steps": 180,
                 },
                 "model": "{all_scenarios}",
             },
