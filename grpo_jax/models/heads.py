@@ -10,6 +10,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from grpo_jax.errors import InputError
+from grpo_jax.models.weights import save_tensors
 
 FILE = "score.safetensors"  # beside model.safetensors, which stays a file of the decoder alone
 
@@ -29,7 +30,7 @@ def save_head(folder: str, head: dict[str, Any]) -> None:
     """Writes the head into a model's folder, in the [out, in] order of other checkpoints."""
     tensors = {"score.weight": np.asarray(head["kernel"]).T, "score.bias": np.asarray(head["bias"])}
     tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-    safetensors.numpy.save_file(tensors, str(pathlib.Path(folder, FILE)))
+    save_tensors(pathlib.Path(folder, FILE), tensors)
 
 
 def load_head(folder: str, width: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from grpo_jax.errors import InputError
 from grpo_jax.models import weights
@@ -269,8 +268,8 @@ def _write_shards(path: pathlib.Path, a: Architecture, params: Mapping[str, Any]
     total = 0
 
     def flush() -> None:
-        part = path / f"model-{len(parts) + 1:05d}.safetensors.part"
-        safetensors.numpy.save_file(held, str(part), metadata={"format": "pt"})
+        part = path / f"model-{len(parts) + 1:05d}.part"
+        weights.save_tensors(part, held)
         parts.append((part, list(held)))
         held.clear()
 

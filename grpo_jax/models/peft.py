@@ -17,7 +17,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import read_json
 from grpo_jax.models.huggingface import tensor_table
 from grpo_jax.models.lora import ADAPTERS, SCALES, adapter_pairs, adapter_scales
-from grpo_jax.models.weights import layer_shapes, put, tensor_shapes
+from grpo_jax.models.weights import layer_shapes, put, save_tensors, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -76,9 +76,7 @@ def write_adapters(
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    part = path / f"{WEIGHTS}.part"
-    safetensors.numpy.save_file(tensors, str(part), metadata={"format": "pt"})
-    part.replace(path / WEIGHTS)
+    save_tensors(path / WEIGHTS, tensors)
 
 
 def _joined(parts: list[tuple[Any, np.ndarray, np.ndarray]], outputs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,12 @@ is the rows that `rows` gives.
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from grpo_jax.errors import InputError
 from grpo_jax.models.architecture import Architecture, Stack
@@ -292,6 +294,19 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     for numbers, one in parts:
         out[numbers] = one
     return out
+
+
+def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file, complete when it has its name, and readable by whom other new files are.
+
+    safetensors itself leaves a file that nobody but its owner may read, so that a server of another account could not.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.touch()
+    mode = part.stat().st_mode
+    safetensors.numpy.save_file(tensors, str(part), metadata={"format": "pt"})
+    part.chmod(mode)
+    part.replace(path)
 
 
 def put(tree: dict[str, Any], path: str, leaf: Any) -> None:

@@ -280,6 +280,8 @@ def test_weights_are_written_in_shards_and_in_another_dtype(deep, tmp_path):
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and not list((tmp_path / "m").glob("*.part"))
     assert all((tmp_path / "m" / name).stat().st_size < 1_100_000 for name in files)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    assert len(set(modes.values())) == 1, "weights are for whom the config is: a server has another account"
     assert index["metadata"]["total_size"] == sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
     again = read_folder(str(tmp_path / "m"))
     assert again[0] == architecture
