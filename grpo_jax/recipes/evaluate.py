@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -235,7 +235,7 @@ def summarise(records: Sequence[dict], reflective: Sequence[str] = ()) -> dict[s
     return found
 
 
-def mean_language(records: Sequence[dict]) -> dict[str, float]:
+def mean_language(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """'language': the mean share of the completions that have words; nothing where none has."""
     shares = [r["language"] for r in records if r.get("language") is not None]
     return {"language": float(np.mean(shares))} if shares else {}

@@ -352,3 +352,18 @@ def test_a_killed_trainer_leaves_nothing(sandbox):
     while running() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert running() == []
+
+
+def test_a_run_whose_trainer_died_before_it_began_ends_at_once(sandbox):
+    """Killed between the start of bwrap and its asking to die with its parent: nobody would end what sleeps."""
+    limits = Limits(60.0, MEMORY, 8, 0, 1 << 14)
+    read, write = os.pipe()
+    os.close(read)
+    files = {"/program": b"import time; time.sleep(100)"}
+    process = sandbox._start("program", sandbox.python, files, limits, stdout=write, stderr=write)
+    os.close(write)
+    try:
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
