@@ -25,7 +25,7 @@ def get_config():
     c.sampler.max_new_tokens = 26
     c.rewards.names = ("answer", "format")
     c.rewards.weights = (1.0, 0.2)
-    c.objective.micro_batch_size = 16
+    c.objective.micro_batch_size = 32
     c.optim.lr = 3e-4
     c.optim.schedule = "cosine"
     c.optim.final_lr_fraction = 0.1

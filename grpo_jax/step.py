@@ -753,7 +753,7 @@ class Program:
             self.score_in_graph = self._compiled(
                 lambda parts, *given, **more: parts.scorer.score_in_graph(*given, **more)
             )
-            self.add_advantages = self._compiled(add_advantages)
+            self.add_advantages = self._compiled(add_advantages, out_shardings=rows)
             if self._pooled:
                 stepped["in_shardings"] = (layout, rows, whole)
                 self.round_prompts = self._compiled(pool_round, out_shardings=rows)

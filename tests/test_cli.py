@@ -109,7 +109,7 @@ def test_refused_in_one_line(capsys, tmp_path, given, says):
 PRESETS = [f"presets/{name}" for name in ("cispo", "dapo", "deepseekmath", "dr_grpo", "gspo", "r1_zero")]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "smollm2_sums", *PRESETS])
+@pytest.mark.parametrize("name", ["arithmetic", pytest.param("smollm2_sums", marks=pytest.mark.slow), *PRESETS])
 def test_a_dry_run_shows_the_arithmetic_and_compiles_nothing(capsys, tmp_path, monkeypatch, name):
     def compiles_nothing(*_, **__):
         raise AssertionError("a dry run compiles nothing")

@@ -59,7 +59,7 @@ def make_cold_start(
     module = build_decoder(config, model.architecture, mesh)
     collections = put_variables(config, model, mesh)
     given = (collections, examples, mesh, folder / "sft", stop, terminal, "cold start", about_base(config, model))
-    trained = fit(config, sft, module, *given)
+    trained = fit(config, sft, module, *given, save_last=False)  # the model below is what is kept
     variables = whole({**collections[1], **trained})
     if config.lora.rank:
         return save_adapters(finished, config, model, variables)

@@ -208,6 +208,7 @@ class Loop:
       record: writes step `done` (1 for the first) given device metrics, details, evaluation and seconds.
       checkpoints: where states go.
       save_every: steps between checkpoints; 0: only at the end.
+      save_last: whether the state after the last step is saved; no need where its result is written right after.
       stop: when to end early.
       evaluate: numbers of a state, called after the steps for which `evaluate_at` holds.
       evaluate_at: which steps those are.
@@ -228,6 +229,7 @@ class Loop:
     score: str = "eval/pass@1"
     saved_part: Callable[[Any], Any] = lambda state: state
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    save_last: bool = True
 
     def run(self, state: Any, first: int) -> Any:
         """The state after the last step; raises Stopped after saving when the run is asked to end."""
@@ -255,7 +257,9 @@ class Loop:
                 found = self.evaluate(done, state) if evaluate else {}
                 self.record(*waiting, found, seconds)
                 waiting = None
-                self.checkpoints.save(done, self.saved_part(state), {"step": done, **self.about}, found.get(self.score))
+                if self.save_last or not last:
+                    about = {"step": done, **self.about}
+                    self.checkpoints.save(done, self.saved_part(state), about, found.get(self.score))
                 slowest, pause = max(slowest, seconds), max(pause, time.perf_counter() - mark)
                 mark = time.perf_counter()
             if reason and not last:

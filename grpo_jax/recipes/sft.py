@@ -151,10 +151,11 @@ def fit(
     terminal: Terminal,
     name: str,
     about: Mapping[str, Any] = types.MappingProxyType({}),
+    save_last: bool = True,
 ) -> Any:
     """The trained collections after `sft.steps` steps, or `sft.epochs`, from `collections`, (trainable, frozen).
 
-    `about` is what checkpoints say of a frozen base, which they do not hold.
+    `about` is what checkpoints say of a frozen base, which they do not hold; `save_last` as in `Loop`.
     """
 
     def loss(trainable: Any, frozen: Any, batch: SftBatch) -> tuple[Array, dict[str, Mean]]:
@@ -169,7 +170,7 @@ def fit(
         return drawn_batch(config, sft, step, packs, lambda own: make_sft_batch(examples, own, sft.max_length), mesh)
 
     program = supervised_program(config, supervised_optim(sft), sft.steps, loss, collections, mesh)
-    return descend(config, sft.steps, program, collections, batch, workdir, stop, terminal, name, about)
+    return descend(config, sft.steps, program, collections, batch, workdir, stop, terminal, name, about, save_last)
 
 
 def run(config: Config, workdir: pathlib.Path, terminal: Terminal | None = None) -> str:

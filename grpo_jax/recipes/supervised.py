@@ -122,6 +122,7 @@ def descend(
     terminal: Terminal,
     name: str,
     about: Mapping[str, Any] = types.MappingProxyType({}),
+    save_last: bool = True,
 ) -> Any:
     """The trained collections after `steps` steps of a `supervised_program`, gone on with where a checkpoint is."""
     (program, abstract, start), (trainable, fixed) = programs, collections
@@ -144,7 +145,8 @@ def descend(
                 writer.step(done, line)
                 terminal.step(done, steps, line)
 
-            loop = Loop(steps, compiled, batch, record, checkpoints, config.checkpoint.every, stop, about=about)
+            every = config.checkpoint.every
+            loop = Loop(steps, compiled, batch, record, checkpoints, every, stop, about=about, save_last=save_last)
             state = loop.run(state, first)
         terminal.end_steps()
         return state.trainable

@@ -58,7 +58,8 @@ class Start:
         self.asked.append((problems, samples, temperature, top_p))
         return RECORDS
 
-    def fit(self, config, sft, module, collections, examples, mesh, workdir, stop, terminal, name, about):
+    def fit(self, config, sft, module, collections, examples, mesh, workdir, stop, terminal, name, about, save_last):
+        assert not save_last, "the model is written right after: a state of three times its size would stay beside it"
         self.learned.append((sft, examples))
         return jax.tree.map(lambda x: np.asarray(x) + 1, collections[0])
 

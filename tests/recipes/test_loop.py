@@ -104,6 +104,12 @@ def test_metrics_are_written_before_the_checkpoint_that_they_belong_to():
     ]
 
 
+def test_only_the_last_state_may_go_unsaved():
+    run = Run()
+    assert run.loop(5, Stop(None), save_every=2, save_last=False).run(0, 0) == 5
+    assert run.of("save") == [2, 4] and run.of("record") == [1, 2, 3, 4, 5]
+
+
 def test_a_resumed_loop_does_the_steps_that_are_left():
     run = Run()
     assert run.loop(5, Stop(None)).run(3, 3) == 5

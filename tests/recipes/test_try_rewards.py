@@ -104,7 +104,7 @@ def reward_folder(tmp_path_factory):
 MODEL_ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "", "answer": "5"}]
 
 
-@pytest.mark.parametrize("sees", ["response", "summary"])
+@pytest.mark.parametrize("sees", [pytest.param("response", marks=pytest.mark.slow), "summary"])
 def test_a_reward_model_is_asked(reward_folder, sees):
     """Each score is that of the sequence alone, without padding and without what is not seen."""
     fields = {"path": reward_folder, "sees": sees}
