@@ -472,8 +472,8 @@ def captured_fine_tune(monkeypatch, where) -> list[Given]:
         found.append(Given(sft, module, list(examples)))
         return params
 
-    def fit(config, sft, module, collections, *given):
-        return fine_tune(config, sft, module, collections[0], *given)
+    def fit(config, sft, module, collections, *given, **named):
+        return fine_tune(config, sft, module, collections[0], *given, **named)
 
     for name, stand_in in (("fine_tune", fine_tune), ("fit", fit)):
         if hasattr(where, name):
