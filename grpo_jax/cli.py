@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ from grpo_jax.errors import InputError
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done (or stopped and saved), 1 not fit or not well, 2 bad input."""
+    gc.set_threshold(50_000, 20, 100)  # tracing makes many objects and little garbage: a tenth of it went to looking
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         end = arguments.index("--") if "--" in arguments else len(arguments)

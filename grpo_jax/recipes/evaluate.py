@@ -86,26 +86,34 @@ class Evaluator:
         step: int,
         between: Callable[[], None] = lambda: None,
         top_k: int = 0,
+        group: int = 0,
     ) -> list[dict]:
         """One record a completion of the first `problems` problems, in order, scored by component.
 
-        `between` is called before each batch; it may raise to end a long evaluation.
+        `between` is called before each batch; it may raise to end a long evaluation. `group` completions of a problem
+        are drawn at a time, all where it is 0: the same ones, by a program that other numbers of samples share.
         """
-        at_once = self.problems_at_once(self.parts.config.completions, samples)
+        group = group or samples
+        at_once = self.problems_at_once(self.parts.config.completions, group)
         in_graph = functools.partial(self._scores, variables=variables.get(COLLECTION))
         ready, fetch, records = self.ready(variables), Fetcher(), []
         host = self.scorer.host
         if host is not None:
             host.step = step
         batches = make_eval_batches(self.prompts, at_once, self.parts.config.data.max_prompt_length, problems)
-        for batch, prompts, rollout in self.rollouts(ready, batches, samples, temperature, top_p, step, between, top_k):
+        parts = (
+            batch.replace(first_sample=np.full_like(batch.draw, i))
+            for batch in batches
+            for i in range(0, samples, group)
+        )
+        for batch, prompts, rollout in self.rollouts(ready, parts, group, temperature, top_p, step, between, top_k):
             scores = self.scorer.score_on_host(prompts, rollout, in_graph, fetch)
             found, scores = fetch((rollout, scores))
             if host is not None and scores.failed.any():
                 processes.raise_any(host.take_error())
             told = Record() if host is None else host.take().of_all()
-            records += self._records(batch, found, scores, samples, told)
-        return records
+            records += self._records(batch, found, scores, group, samples, told)
+        return sorted(records, key=lambda record: record["problem"])  # a problem's samples stay in their order
 
     def problems_at_once(self, completions: int, samples: int) -> int:
         """Problems of a batch of about so many completions, split evenly over the devices."""
@@ -139,12 +147,12 @@ class Evaluator:
         """Parameters as sampling wants them, to be made once for all batches."""
         return self._ready(variables)
 
-    def _records(self, batch: Prompts, rollout: Any, scores: Any, samples: int, told: Record) -> list[dict]:
+    def _records(self, batch: Prompts, rollout: Any, scores: Any, group: int, samples: int, told: Record) -> list[dict]:
         records = []
         for i in range(len(rollout.lengths)):
-            if rollout.weight[i] == 0:
+            if rollout.weight[i] == 0 or batch.first_sample[i // group] + i % group >= samples:
                 continue
-            number = int(batch.row[i // samples])
+            number = int(batch.row[i // group])
             row, ids = self.prompts.rows[number], rollout.tokens[i, : rollout.lengths[i]].tolist()
             extra = told.extra.get((number, tuple(ids)))
             records.append(
@@ -169,7 +177,8 @@ class Evaluator:
     ) -> tuple[dict[str, Any], list[dict]]:
         """pass@1 and what stands beside it at eval.temperature, and the records they come from."""
         config = self.parts.config.eval
-        records = self.sample(variables, problems, samples, config.temperature, config.top_p, step, between)
+        how = (config.temperature, config.top_p, step, between)
+        records = self.sample(variables, problems, samples, *how, group=min(config.samples, samples))
         return summarise(self.graded(records), config.reflective_words) | self.by_set(records), records
 
     def greedy(self, variables: Any, problems: int, step: int, between: Callable[[], None] = lambda: None) -> float:

@@ -54,6 +54,7 @@ ALIASES = {"IDEOGRAPHIC": "CJK", "KATAKANA-HIRAGANA": "KATAKANA"}
 ASTRAL = (0x20000, 0x40000)
 NONE, TARGET, TARGET_UNSPACED, OTHER, OTHER_UNSPACED = range(5)
 BACKSLASH = ord("\\")
+ALPHABETS = 0x590  # Latin, Greek, Cyrillic and Armenian end here
 _TAGS = re.compile(r"</?(?:think|answer)>")
 
 
@@ -61,7 +62,7 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 class LetterClasses:
     """NONE to OTHER_UNSPACED for each character below 0x20000, and for those of planes 2 and 3 alike."""
 
-    table: UInt8[np.ndarray, "131072"]
+    table: UInt8[np.ndarray, "characters"]
     beyond: int
 
 
@@ -79,9 +80,9 @@ def script_of(character: str) -> str | None:
     return None if category[0] == "M" and script in UNSPACED else script
 
 
-@functools.lru_cache(maxsize=8)
-def letter_classes(language: str) -> LetterClasses:
-    """The classes of characters for a target language of SCRIPTS."""
+@functools.lru_cache(maxsize=16)
+def letter_classes(language: str, known: int = ASTRAL[0]) -> LetterClasses:
+    """The classes of characters for a target language of SCRIPTS; the table holds those of the first `known`."""
     wanted = SCRIPTS[language]
 
     def kind(script: str | None) -> int:
@@ -91,7 +92,7 @@ def letter_classes(language: str) -> LetterClasses:
             return TARGET_UNSPACED if script in UNSPACED else TARGET
         return OTHER_UNSPACED if script in UNSPACED else OTHER
 
-    table = np.array([kind(script_of(chr(point))) for point in range(ASTRAL[0])], np.uint8)
+    table = np.array([kind(script_of(chr(point))) for point in range(known)], np.uint8)
     return LetterClasses(table, kind("CJK"))
 
 
@@ -103,9 +104,10 @@ def languages_of(rows: Iterable[Mapping[str, Any]], default: str) -> list[str]:
 
 def word_counts(text: str, language: str) -> tuple[int, int]:
     """Words of a text in the script of the language, and words in other scripts."""
-    classes = letter_classes(language)
     points = np.frombuffer(_TAGS.sub(" ", text).encode("utf-32-le", "surrogatepass"), np.uint32)
-    kind = np.where(points < ASTRAL[0], classes.table[np.minimum(points, ASTRAL[0] - 1)], NONE)
+    # The whole table takes a second to make.
+    classes = letter_classes(language, ALPHABETS if points.max(initial=0) < ALPHABETS else ASTRAL[0])
+    kind = np.where(points < ASTRAL[0], classes.table[np.minimum(points, len(classes.table) - 1)], NONE)
     kind = np.where((points >= ASTRAL[0]) & (points < ASTRAL[1]), classes.beyond, kind)
     before, behind = (np.concatenate([np.zeros(1, x.dtype), x[:-1]])[: len(x)] for x in (kind, points))
     starts = (kind != NONE) & ((kind % 2 == 0) | (kind != before)) & (behind != BACKSLASH)

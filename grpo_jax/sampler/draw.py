@@ -11,12 +11,17 @@ from grpo_jax.config import SamplerConfig
 NEVER = -jnp.inf
 
 
-def row_noise(key: PRNGKeyArray, draw: Int[Array, "N"], group_size: int, length: int) -> Float[Array, "B T 2"]:
+def row_noise(
+    key: PRNGKeyArray, draw: Int[Array, "N"], group_size: int, length: int, first: Int[Array, "N"] | None = None
+) -> Float[Array, "B T 2"]:
     """Two uniform numbers a token, from (key of seed and step, draw number, sample index, position).
+
+    `first` is the sample index of each group's first row, 0 without it.
 
     Made once for all positions: a hash inside the decode loop costs a dozen small kernels a token.
     """
-    samples, positions = jnp.arange(group_size), jnp.arange(length)
+    first = jnp.zeros_like(draw) if first is None else first
+    samples, positions = first[:, None] + jnp.arange(group_size), jnp.arange(length)
 
     def token(draw_number: Array, sample: Array, position: Array) -> Array:
         named = jax.random.fold_in(jax.random.fold_in(key, draw_number), sample)
@@ -24,7 +29,7 @@ def row_noise(key: PRNGKeyArray, draw: Int[Array, "N"], group_size: int, length:
 
     by_position = jax.vmap(token, (None, None, 0))
     by_sample = jax.vmap(by_position, (None, 0, None))
-    return jax.vmap(by_sample, (0, None, None))(draw, samples, positions).reshape(-1, length, 2)
+    return jax.vmap(by_sample, (0, 0, None))(draw, samples, positions).reshape(-1, length, 2)
 
 
 def truncate(logits: Float[Array, "B V"], config: SamplerConfig) -> Float[Array, "B V"]:

@@ -107,7 +107,7 @@ def sample(
     last_hidden = hidden[:, -1]
     prompt_lengths = repeat_rows(prompts.lengths, group)
     filler = repeat_rows(prompts.weight, group) == 0
-    noise = row_noise(key, prompts.draw, group, length)
+    noise = row_noise(key, prompts.draw, group, length, prompts.first_sample)
     draw = _Drawing(noise, config, end_ids, stops, shards)
 
     def decode(state: Decoding) -> Decoding:

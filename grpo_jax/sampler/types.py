@@ -35,6 +35,7 @@ class Prompts(flax.struct.PyTreeNode):
       weight: 1, or 0 for filler rows that complete a batch.
       columns: what in-graph rewards need beside the tokens, each [N, ...] (such as the answer's bytes).
       rewards: which rewards each prompt has; None: all have those of the config.
+      first_sample: index of each group's first completion among the samples of its prompt; None: 0.
     """
 
     tokens: Int[Array, "N P"]
@@ -44,6 +45,7 @@ class Prompts(flax.struct.PyTreeNode):
     weight: Float[Array, "N"]
     columns: Mapping[str, Shaped[Array, "N ..."]]
     rewards: RowRewards | None = None
+    first_sample: Int[Array, "N"] | None = None
 
 
 class Scores(flax.struct.PyTreeNode):

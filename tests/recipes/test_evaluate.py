@@ -152,6 +152,17 @@ def test_other_steps_draw_other_samples_and_fewer_problems_the_same(filled, vari
     assert again == records and found == summarise(records)
 
 
+def test_samples_drawn_a_few_at_a_time_are_those_drawn_at_once(filled, variables):
+    """With a last part that is cut off, and with the number that `measure` takes, that of `eval.samples`."""
+    at_once = filled.sample(variables, 5, 8, 1.0, 1.0, step=3)
+    assert filled.sample(variables, 5, 8, 1.0, 1.0, step=3, group=3) == at_once
+    assert len({r["completion"] for r in at_once}) > 30  # of 40; a part drawn twice would leave 20
+    assert filled.parts.config.eval.samples < 8 and filled.measure(variables, 5, 8, 3)[1] == at_once
+    before = set(filled._samplers)
+    filled.measure(variables, 5, 6, 3)
+    assert set(filled._samplers) == before, "other numbers of samples share a program"
+
+
 def test_an_evaluation_can_be_ended_between_its_batches(filled, variables):
     calls = []
 

@@ -125,6 +125,7 @@ def test_positions_and_keys_give_noise_of_their_own():
     assert noise.shape == (4, 5, 2) and len(np.unique(noise)) == 40 and (0 <= noise).all() and (noise < 1).all()
     np.testing.assert_array_equal(row_noise(KEY, jnp.array([4]), 2, 5), noise[2:])
     np.testing.assert_array_equal(row_noise(KEY, jnp.array([3, 4]), 2, 3), noise[:, :3])
+    np.testing.assert_array_equal(row_noise(KEY, jnp.array([3, 4]), 1, 5, jnp.array([1, 0])), noise[1:3])
     logits = jnp.zeros((4, 1000))
     drawn = jax.jit(lambda noise: draw_tokens(logits, noise, CONFIG)[0])
     tokens = [np.asarray(drawn(noise[:, p])) for p in range(5)]
