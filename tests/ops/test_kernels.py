@@ -172,6 +172,7 @@ def test_blocks_add_little():
 MIXED = dataclasses.replace(tiny.architecture(), stacks=(Stack((0, 3, 0)), Stack((0,))), attention_cap=2.0)
 
 
+@pytest.mark.slow
 def test_a_decoder_attends_by_the_kernel_on_a_mesh():
     """Rows and heads over four devices, windows that differ inside one scan: hidden states and gradients are XLA's."""
     mesh = tiny.mesh(tiny.config(**{"mesh.data": 2, "mesh.tensor": 2}))

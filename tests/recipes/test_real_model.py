@@ -57,7 +57,7 @@ def test_smollm2_sums(run_cli, tmp_path, cache, quick_compiles):
     """
     run = run_cli(
         "train", "--config", "smollm2_sums", "--workdir", tmp_path / "run", *SMALL, cache, "--config.data.digits=1",
-        "--config.data.prompts_per_step=2", "--config.sampler.max_new_tokens=12",
+        "--config.data.prompts_per_step=1", "--config.sampler.max_new_tokens=12",
         "--config.cold_start.prompts=6", "--config.cold_start.rows=4", "--config.cold_start.sft.steps=1",
         "--config.cold_start.sft.batch_size=2", "--config.cold_start.sft.max_length=64",
         timeout=1200, env=quick_compiles,

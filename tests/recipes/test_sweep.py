@@ -105,6 +105,7 @@ def selected_shapes(jaxpr):
     return shapes
 
 
+@pytest.mark.slow
 def test_the_decode_loop_has_one_condition_and_selects_no_cache():
     """A condition by seed, the plain vmap's, is lowered to a loop that selects old or new of all that it carries."""
     config = tiny.config(**{"sampler.max_new_tokens": 5})

@@ -104,7 +104,8 @@ def reward_folder(tmp_path_factory):
 MODEL_ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "", "answer": "5"}]
 
 
-@pytest.mark.parametrize("sees", [pytest.param("response", marks=pytest.mark.slow), "summary"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sees", ["response", "summary"])
 def test_a_reward_model_is_asked(reward_folder, sees):
     """Each score is that of the sequence alone, without padding and without what is not seen."""
     fields = {"path": reward_folder, "sees": sees}
@@ -131,6 +132,7 @@ def test_a_reward_model_is_asked(reward_folder, sees):
     assert reward_folder in found[0]["helpful"][1]
 
 
+@pytest.mark.slow
 def test_the_judge_shows_its_verdict(reward_folder):
     config = tiny.config(
         **FIELDS | {"rewards.model_judge.path": reward_folder, "rewards.model_judge.max_new_tokens": 6}
