@@ -148,9 +148,9 @@ class Evaluator:
         return self._ready(variables)
 
     def _records(self, batch: Prompts, rollout: Any, scores: Any, group: int, samples: int, told: Record) -> list[dict]:
-        records = []
+        records, first = [], np.zeros_like(batch.draw) if batch.first_sample is None else batch.first_sample
         for i in range(len(rollout.lengths)):
-            if rollout.weight[i] == 0 or batch.first_sample[i // group] + i % group >= samples:
+            if rollout.weight[i] == 0 or first[i // group] + i % group >= samples:
                 continue
             number = int(batch.row[i // group])
             row, ids = self.prompts.rows[number], rollout.tokens[i, : rollout.lengths[i]].tolist()
