@@ -49,14 +49,17 @@ SHAPE = {
     "pack_prompts": 0,
     "slots": 0,
     "devices": 1,
+    "chunk": 0,
+    "remat": "none",
 }
-OURS = ("micro", "pack_prompts", "slots", "devices")  # options of this trainer alone: no part of the work
+# Options of this trainer alone: no part of the work.
+OURS = ("micro", "pack_prompts", "slots", "devices", "chunk", "remat")
 TINY = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 2, "ffn": 172, "vocab": 64}
 SMOLLM2 = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "small": {"micro": 16},
-    "smollm2": {"prompts": 4, "group": 4, "prompt_len": 32, **SMOLLM2},
-    "tiny": {"prompts": 16, "prompt_len": 8, "new_tokens": 32, **TINY},
+    "small": {"micro": 8, "devices": 2},
+    "smollm2": {"prompts": 4, "group": 4, "prompt_len": 32, **SMOLLM2, "micro": 16, "chunk": 256, "remat": "full"},
+    "tiny": {"prompts": 16, "prompt_len": 8, "new_tokens": 32, **TINY, "micro": 128, "devices": 2},
     "ragged": {
         "prompts": 16,
         "new_tokens": 256,
@@ -66,7 +69,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "pack_prompts": 5,
         "slots": 32,
     },
-    "long_prompt": {"prompts": 4, "group": 16, "prompt_len": 512, "new_tokens": 32},
+    "long_prompt": {"prompts": 4, "group": 16, "prompt_len": 512, "new_tokens": 32, "devices": 2},
 }
 
 
@@ -118,7 +121,7 @@ def arguments() -> argparse.Namespace:
         if isinstance(value, bool):
             parser.add_argument(flag, action="store_true", default=None)
         else:
-            parser.add_argument(flag, type=int)
+            parser.add_argument(flag, type=type(value))
     parser.add_argument("--steps", type=int, default=15, help="measured steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps run first and not counted")
     parser.add_argument("--seed", type=int, default=0)
@@ -167,6 +170,8 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
     raw.step.mode = "staged" if options.phases else "fused"
     raw.sampler.slots = options.slots
     raw.train.pack_prompts = options.pack_prompts
+    raw.model.logits_chunk = options.chunk
+    raw.model.remat = options.remat
     for setting in options.set:
         field, _, value = setting.partition("=")
         section, name = field.rsplit(".", 1)
@@ -191,7 +196,8 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
     optimizer, schedule = make_optimizer(config.optim, total), make_schedule(config.optim, total)
     parts = StepParts(config, module, optimizer, schedule, reward, mesh, (EOS,) if options.natural_end else ())
     params = jax.jit(lambda key: init_params(module, key))(jax.random.key(options.seed))
-    params = jax.tree.map(lambda x: x * 0.2 if x.ndim > 1 else x, params)  # near-uniform, as normal(0.02) gives
+    smaller = jax.jit(lambda x: x * 0.2, donate_argnums=0)  # near-uniform, as normal(0.02) gives
+    params = jax.tree.map(lambda x: smaller(x) if x.ndim > 1 else x, params)
     batches = []
     for step in range(total):
         rows = np.arange(step * options.prompts, (step + 1) * options.prompts, dtype=np.int32)
@@ -219,8 +225,9 @@ def main() -> None:
     """Compiles, runs, prints."""
     options = arguments()
     keep_host_memory()
-    if options.devices > 1:
+    if options.devices > 1:  # as `mesh.cpu_devices` does it
         jax.config.update("jax_num_cpu_devices", options.devices)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     parts, state, batches = build(options)
     program = Program(parts, state)
     began = time.perf_counter()

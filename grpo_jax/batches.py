@@ -115,6 +115,12 @@ class Packs(flax.struct.PyTreeNode):
     count: Int[Array, ""]
     shape: PackShape = flax.struct.field(pytree_node=False)
 
+    @property
+    def at_most_one(self) -> bool:
+        """Whether one pack holds the minibatch whatever its lengths: its rows and prompts are as many."""
+        _, groups, group = self.piece.lengths.shape
+        return groups <= self.shape.prompts and groups * group <= self.shape.rows
+
     def pick(self, number: Int[Array, ""]) -> tuple[Pack, TrainingBatch]:
         """A pack for the model, and the rows [R, ...] of its completions (R = D x prompts x group)."""
         shape = (self.shape.prompts, self.shape.rows, pack_width(self.piece, self.shape))

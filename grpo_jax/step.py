@@ -34,13 +34,15 @@ from grpo_jax.ops.logprobs import distilled_logps, token_logps
 from grpo_jax.ops.masked import masked_mean, masked_select, safe_divide
 from grpo_jax.ops.objectives import denominators, policy_loss_terms, top_entropy_mask, weighted_sum
 from grpo_jax.ops.packing import Pack
-from grpo_jax.optimizer import move_routing_biases, split_routing_biases
+from grpo_jax.optimizer import keep_if, keep_state_if, move_routing_biases, split_routing_biases, sums_of_squares
 from grpo_jax.parallel import (
     PACK_AXES,
     constrain_rows,
     gather_columns,
+    give_back_host_memory,
     in_host_memory,
     moved,
+    options_of_cpu,
     pack_shards,
     path_name,
     replicated,
@@ -610,20 +612,19 @@ def update_once(
     """One optimizer update from a minibatch [D, N, G, ...]; skipped when anything is not finite."""
     loss, gradient, means, gap = minibatch_gradient(parts, state, piece, divisor)
     gradient, loads = split_routing_biases(gradient)
-    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)])
+    squares = sums_of_squares(gradient)
     norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~failed
     before = at_hand(parts, "opt_state", state.opt_state)
-    changes, opt_state = parts.optimizer.update(gradient, before, state.trainable)
+    changes, opt_state = parts.optimizer.update(gradient, before, state.trainable, good=good)
     changes = move_routing_biases(changes, loads, parts.config.optim.routing_bias_rate)
     trainable = optax.apply_updates(state.trainable, changes)
 
-    def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-
+    trainable = keep_if(good, trainable, state.trainable)
+    opt_state = keep_state_if(good, opt_state, before)
     state = state.replace(
-        trainable=keep(trainable, state.trainable),
-        opt_state=put_away(parts, "opt_state", keep(opt_state, before)),
+        trainable=trainable,
+        opt_state=put_away(parts, "opt_state", opt_state),
         updates=state.updates + good,
         skipped=state.skipped + ~good,
         skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
@@ -635,25 +636,33 @@ def update_once(
 def minibatch_gradient(
     parts: StepParts, state: TrainState, piece: TrainingBatch, divisor: Array
 ) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
-    """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its packs."""
-    packs = make_packs(piece, shape_of_packs(parts))
-    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+    """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its packs.
 
-    def told(number: Array) -> tuple[tuple[Array, tuple[Means, Array]], Any]:
-        return value_and_grad(state.trainable, parts, state.frozen, *packs.pick(number))
+    Where there can be one pack only its gradient is taken as it is: a sum holds two gradients at a time.
+    """
+    packs = make_packs(piece, shape_of_packs(parts))
+
+    def share(trainable: Any, *given: Any) -> tuple[Float[Array, ""], tuple[Means, Float[Array, ""]]]:
+        numerator, told = micro_loss(trainable, parts, *given)
+        return safe_divide(numerator, divisor), told  # here, where it costs no pass over the gradient
+
+    def pass_over(number: Array) -> tuple[tuple[Array, tuple[Means, Array]], Any]:
+        found, gradient = jax.value_and_grad(share, has_aux=True)(state.trainable, state.frozen, *packs.pick(number))
+        return found, jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
 
     def add(number: Array, total: tuple[Any, Array, Means, Array]) -> tuple[Any, Array, Means, Array]:
-        (numerator, (means, gap)), gradient = told(number)
-        gradient = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[0], gradient)
-        means = jax.tree.map(lambda a, m: a + m, total[2], means)
-        return gradient, total[1] + numerator, means, jnp.maximum(total[3], gap)
+        (loss, (means, gap)), gradient = pass_over(number)
+        gradient, loss, means = jax.tree.map(jnp.add, total[:3], (gradient, loss, means))
+        return gradient, loss, means, jnp.maximum(total[3], gap)
 
-    (numerator, (means, gap)), _ = jax.eval_shape(told, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (numerator, means, gap))
-    gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-    gradient, numerator, means, gap = loop(packs.count, add, (gradient, *zeros), parts.seed_axis)
-    gradient = jax.tree.map(lambda g: safe_divide(g, divisor), gradient)
-    return safe_divide(numerator, divisor), gradient, means, gap
+    first = jnp.zeros((), jnp.int32)
+    if packs.at_most_one:
+        (loss, (means, gap)), gradient = pass_over(first)
+        return loss, gradient, means, gap
+    (loss, (means, gap)), gradient = jax.eval_shape(pass_over, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, loss, means, gap))
+    gradient, loss, means, gap = loop(packs.count, add, zeros, parts.seed_axis)
+    return loss, gradient, means, gap
 
 
 def refresh_reference(parts: StepParts, state: TrainState) -> TrainState:
@@ -776,7 +785,9 @@ class Program:
     def compile(self, state: TrainState, prompts: Prompts) -> None:
         """Compiles the fused step before the first call; staged programs compile when they first run."""
         if not self._staged:
-            self.fused = self.fused.lower(state, prompts).compile()
+            options = options_of_cpu(self.parts.mesh)
+            self.fused = self.fused.lower(state, prompts).compile(compiler_options=options)
+            give_back_host_memory()
 
     def __call__(self, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Rollout]:
         """Runs one step; in staged mode it waits for each phase."""

@@ -1,13 +1,16 @@
 """Schedules, AdamW and Adafactor step by step against numpy; clipping, decay mask, moment dtype."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from grpo_jax.config import OptimConfig
-from grpo_jax.optimizer import decay_mask, make_optimizer, make_schedule
+from grpo_jax.optimizer import decay_mask, keep_if, keep_state_if, make_optimizer, make_schedule, sums_of_squares
 
 UPDATES = 10
 
@@ -151,3 +154,59 @@ def test_what_decays():
     for path, decays in jax.tree_util.tree_flatten_with_path(mask)[0]:
         assert decays == (path[-1].key != "scale"), path
     assert all(jax.tree.leaves(decay_mask(variables, OptimConfig(decay_mask="all"))))
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_adam_is_that_of_optax(moment_dtype):
+    """Clip and AdamW, with a step among them that is not good: nothing changes in it."""
+    config = OptimConfig(lr=0.1, weight_decay=0.1, clip_norm=1.0, decay_mask="all", moment_dtype=moment_dtype)
+    kinds = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mu_dtype": jnp.dtype(moment_dtype)}
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1, **kinds))
+    own = make_optimizer(config, UPDATES)
+
+    @jax.jit
+    def both(params, states, gradient, good):
+        changes, after = own.update(gradient, states[0], params, good=good)
+        states = keep_state_if(good, after, states[0]), plain.update(gradient, states[1], params)[1]
+        return jax.tree.map(lambda p, c: jnp.where(good, p + c, p), params, changes), states, after
+
+    params, states = PARAMS, (own.init(PARAMS), plain.init(PARAMS))
+    want = PARAMS
+    for step in range(4):
+        changes, _ = plain.update(gradients(step), states[1], want)
+        want = optax.apply_updates(want, changes)
+        params, states, _ = both(params, states, gradients(step), True)
+        broken = jax.tree.map(lambda g: g.at[0].set(jnp.nan), jax.tree.map(jnp.asarray, gradients(step)))
+        held, kept, after = both(params, states, broken, False)
+        jax.tree.map(np.testing.assert_array_equal, (params, states[0]), (held, kept[0]))
+        assert int(optax.tree.get(after, "count", filtering=lambda path, _: "Adam" in str(path))) == step + 1
+        near = 1e-6 if moment_dtype == "float32" else 1e-3  # optax makes changes of moments before they are rounded
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=near, atol=near), params, want)
+
+
+def test_moments_are_written_in_place():
+    """With optax's own the program copies them first, as new parameters are made of the old moments there."""
+    params = {f"layer_{i}": {"kernel": jnp.full((256, 257), 1.0 + i), "scale": jnp.ones(257)} for i in range(8)}
+    config = OptimConfig(clip_norm=1.0)
+    kinds = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(config.lr, **kinds))
+
+    def temporaries(optimizer, kept):
+        def update(params, state, gradient):
+            good = jnp.isfinite(jnp.sum(gradient["layer_0"]["scale"]))
+            changes, after = optimizer.update(gradient, state, params, good=good)
+            return optax.apply_updates(params, changes), kept(good, after, state)
+
+        program = jax.jit(update, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    own = temporaries(make_optimizer(config, UPDATES), keep_state_if)
+    assert own < 0.5 * size < temporaries(optax.with_extra_args_support(plain), keep_if), (own, size)
+
+
+def test_sums_of_squares_tell_of_each_leaf_alone():
+    bad, inf, good = jnp.asarray([1.0, jnp.nan]), jnp.asarray([jnp.inf, 2.0]), jnp.asarray([3.0, 4.0])
+    sums = np.asarray(sums_of_squares({"a": good, "b": bad, "c": good, "d": inf, "e": good}))
+    assert np.isfinite(sums).tolist() == [True, False, True, False, True] and sums[0] == 25
+    assert np.asarray(sums_of_squares({"a": good, "b": 2 * good, "c": good})).tolist() == [25, 100, 25]
