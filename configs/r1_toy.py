@@ -20,14 +20,14 @@ def get_config():
     c.tasks.held_out = 48
     c.tasks.chats = 600
     c.tasks.good_share = 0.5  # as writers differ: with good chats alone nothing is left for the last stage to lift
-    c.tasks.pairs = 1200
+    c.tasks.pairs = 2400
     c.tasks.points = 800
     c.eval.problems = 48
     c.eval.final_problems = 48
     c.eval.majority = 0
     c.sft.batch_size = 24
     c.sft.max_length = 96
-    c.reward_model.steps = 150
+    c.reward_model.steps = 400
     c.reward_model.max_length = 96
     c.checkpoint.every = 100
     c.train.steps = 100
@@ -42,6 +42,7 @@ def get_pipeline():
     # The base knows no line breaks.
     summarised = {"summary": "answer", "chat_form": "<think>{{reasoning}}</think>{{summary}}"}
     learned = {"sft.epochs": 2, "sft.lr": 1e-3}
+    distilled = {"sft.epochs": 3, "sft.lr": 1e-3}
     return {
         "title": "DeepSeek-R1 in miniature",
         "evaluation": {
@@ -60,7 +61,7 @@ def get_pipeline():
                 "name": "zero",
                 "title": "R1-Zero",
                 "command": "train",
-                "fields": {"model.path": "{base}/model", **reinforced, "train.steps": 120},
+                "fields": {"model.path": "{base}/model", **reinforced, "train.steps": 140},
                 "model": "{zero}",
             },
             {
@@ -163,11 +164,11 @@ def get_pipeline():
                     "rewards.names": ("answer", "format", "language", "helpful", "harmless"),
                     "rewards.weights": (1.0, 0.2, 0.5, 0.5, 0.5),
                     "rewards.late_names": ("helpful", "harmless"),
-                    "rewards.late_from": 0.4,
+                    "rewards.late_from": 0.5,
                     "rewards.helpful.path": "{helpful}/model",
                     "rewards.harmless.path": "{harmless}/model",
                     "sampler.temperature": 0.7,
-                    "train.steps": 180,
+                    "train.steps": 240,
                 },
                 "model": "{all_scenarios}",
             },
@@ -182,7 +183,7 @@ def get_pipeline():
                 "name": "distilled",
                 "title": "Student, SFT",
                 "command": "sft",
-                "fields": {"model.path": "{student}/model", "sft.path": "{mix}/chats.jsonl", **learned},
+                "fields": {"model.path": "{student}/model", "sft.path": "{mix}/chats.jsonl", **distilled},
                 "model": "{distilled}/model",
             },
             {

@@ -79,10 +79,10 @@ def scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
         return jax.lax.fori_loop(0, good.astype(jnp.int32), turn, (factor, mu, nu))[1:]
 
     def update(
-        gradient: Any, state: Any, params: Any = None, *, good: Bool[Array, ""] | bool = True, **_: Any
+        updates: Any, state: Any, params: Any = None, *, good: Bool[Array, ""] | bool = True, **_: Any
     ) -> tuple[Any, Any]:
         count = jnp.where(good, optax.safe_increment(state.count), state.count)
-        given = (good & (count > 0), gradient, clip_factor(gradient, config.clip_norm), state.mu, state.nu)
+        given = (good & (count > 0), updates, clip_factor(updates, config.clip_norm), state.mu, state.nu)
         mu, nu = jax.lax.platform_dependent(*given, cpu=in_a_loop, default=at_once)
         first, second = (1 - beta ** count.astype(jnp.float32) for beta in (b1, b2))
         changes = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + config.eps), mu, nu)
@@ -94,11 +94,11 @@ def scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` by `clip_factor`; 0 clips nothing."""
 
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        factor = clip_factor(gradient, max_norm)
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient), state
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = clip_factor(updates, max_norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_factor(gradient: Any, max_norm: float) -> Float[Array, ""]:

@@ -127,7 +127,7 @@ class StepParts:
 
     config: Config
     module: DecoderModule
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     scorer: Scorer
     mesh: Mesh

@@ -38,7 +38,7 @@ class Memory:
       cache: keys and values, or latents.
       prefill: activations of the prompts, and what a decode step has besides.
       rollout: tokens, log-probabilities and noise, which outlive sampling.
-      gradient: the sum over packs, and that of one pack.
+      gradient: that of a pack, and the sum over packs where there are several.
       cast: parameters in the compute dtype.
       gathered: whole layers, or the whole output matrix, brought from other devices, and their gradient.
       activations: what the backward pass of a pack keeps.
@@ -221,7 +221,7 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, s
         cache=cache_bytes(config, a, sizes),
         prefill=_prefill(config, a, sizes, compute),
         rollout=_rollout(config, sizes),
-        gradient=2 * float32,
+        gradient=(2 if packs(config, sizes, shape) > 1 else 1) * float32,
         cast=held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0,
         gathered=_gathered(config, a, sizes, params, compute),
         activations=_activations(config, a, sizes, shape, compute, splash),
