@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.config import OptimConfig
 
 ROUTING_BIAS = "routing_bias"  # the name of the leaf, in every layer with sigmoid routing
+MOMENTS = "moments"  # name of the loop in the compiled program, where reports look for it
 
 
 def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
@@ -76,7 +77,8 @@ def scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
         def turn(_: Array, held: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             return jnp.zeros_like(held[0]), *moments(gradient, *held)  # one that stayed would be applied outside
 
-        return jax.lax.fori_loop(0, good.astype(jnp.int32), turn, (factor, mu, nu))[1:]
+        with jax.named_scope(MOMENTS):
+            return jax.lax.fori_loop(0, good.astype(jnp.int32), turn, (factor, mu, nu))[1:]
 
     def update(
         updates: Any, state: Any, params: Any = None, *, good: Bool[Array, ""] | bool = True, **_: Any

@@ -21,6 +21,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.hlo import Collective, Loop, Program, Trips, totals
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.cache import init_cache
+from grpo_jax.optimizer import MOMENTS
 from grpo_jax.parallel import SAMPLING_DROPS, check_batch, partition_spec, path_name
 from grpo_jax.recipes.plan import Sizes as MeshSizes
 from grpo_jax.recipes.plan import Work, cache_bytes, fits, held, plan_work, sampling_weights, suggestions
@@ -211,7 +212,7 @@ def refused(
 def named(loop: Loop) -> str:
     """Which of the loops whose trips follow from the data this is; '' for another."""
     scopes = re.split(r"[/()]", loop.op_name)
-    return next((name for name in (DECODE, REFILL, PACKS) if name in scopes[-3:]), "")
+    return next((name for name in (DECODE, REFILL, PACKS, MOMENTS) if name in scopes[-3:]), "")
 
 
 def trip_counts(config: Config, work: Work) -> Trips:

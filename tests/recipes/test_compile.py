@@ -93,7 +93,7 @@ def test_loops_that_end_by_the_data_turn_as_often_as_full_completions_take(on_cp
     work = plan_work(config, step.parts.module.architecture, Sizes(2, 2, 2), step.params)
     read, trips = Read(text), compiling.trip_counts(config, work)
     named = {compiling.named(loop): trips(loop) for loop in read.loops() if compiling.named(loop)}
-    assert named == {"decode": 11, "packs": 2} and work.passes == 11
+    assert named == {"decode": 11, "packs": 2, "moments": 1} and work.passes == 11
     slotted = tiny.config(**SHAPE | {"sampler.slots": 8})
     work = plan_work(slotted, step.parts.module.architecture, Sizes(2, 2, 2), step.params)
     assert work.passes == 4 * 12  # 32 completions in 8 slots
