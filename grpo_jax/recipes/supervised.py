@@ -96,9 +96,9 @@ def supervised_program(
             gradient, means = jax.grad(loss, has_aux=True)(state.trainable, fixed, batch)
             before = moved(state.opt_state, mesh, to_host=False) if away else state.opt_state
             changes, opt_state = optimizer.update(gradient, before, state.trainable)
-            changed = optax.apply_updates(state.trainable, changes)
             opt_state = moved(opt_state, mesh, to_host=True) if away else opt_state
         means |= {"grad_norm": (optax.tree.norm(gradient), 1.0), "lr": (schedule(state.step), 1.0)}
+        changed = optax.apply_updates(state.trainable, changes)
         return SupervisedState(step=state.step + 1, trainable=changed, opt_state=opt_state), means, None
 
     program = jax.jit(
