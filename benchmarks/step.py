@@ -58,7 +58,7 @@ TINY = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 2, "ffn": 172, "vocab
 SMOLLM2 = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
 WORKLOADS: dict[str, dict[str, Any]] = {
     "small": {"micro": 8, "devices": 2},
-    "smollm2": {"prompts": 4, "group": 4, "prompt_len": 32, **SMOLLM2, "micro": 16, "chunk": 256, "remat": "full"},
+    "smollm2": {"prompts": 4, "group": 4, "prompt_len": 32, **SMOLLM2, "micro": 16, "chunk": 128, "remat": "full"},
     "tiny": {"prompts": 16, "prompt_len": 8, "new_tokens": 32, **TINY, "micro": 128, "devices": 2},
     "ragged": {
         "prompts": 16,

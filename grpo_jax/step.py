@@ -208,13 +208,18 @@ def casts(path: str, x: Array) -> bool:
 
 
 def sampling_variables(parts: StepParts, variables: dict[str, Any]) -> dict[str, Any]:
-    """The policy as sampling wants it: cast once, laid out once, each layer's leaves on their own."""
+    """The policy as sampling wants it: cast once, each layer's leaves on their own, laid out once.
+
+    In this order: what is cast stays where it lies, or devices would send float32; and a layer is gathered on its own,
+    or whole stacks would stand beside their layers.
+    """
     dtype = jnp.dtype(parts.config.model.compute_dtype)
     others = (COLLECTION, TEACHER)
     policy = {name: tree for name, tree in without_value(variables).items() if name not in others}
     cast = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if casts(path_name(path), x) else x, policy)
-    cast = sampling_layout(cast, parts.mesh, parts.config.mesh.sampling)
-    return unstack(cast, parts.module.architecture)
+    cast = jax.lax.with_sharding_constraint(cast, shardings(cast, parts.mesh))
+    layers = unstack(cast, parts.module.architecture)
+    return sampling_layout(layers, parts.mesh, parts.config.mesh.sampling)
 
 
 def sample_rollout(
@@ -638,7 +643,9 @@ def minibatch_gradient(
 ) -> tuple[Float[Array, ""], Any, Means, Float[Array, ""]]:
     """Loss, float32 gradient, metrics and largest sampler gap of a minibatch, summed over its packs.
 
-    Where there can be one pack only its gradient is taken as it is: a sum holds two gradients at a time.
+    Where there can be one pack only its gradient is taken as it is: a sum holds two gradients at a time. It stands in a
+    loop all the same, whose zeros are made of the number of packs: XLA makes constant ones, also those that the scan
+    over layers needs, before sampling, and keeps them beside the cache.
     """
     packs = make_packs(piece, shape_of_packs(parts))
 
@@ -652,15 +659,14 @@ def minibatch_gradient(
 
     def add(number: Array, total: tuple[Any, Array, Means, Array]) -> tuple[Any, Array, Means, Array]:
         (loss, (means, gap)), gradient = pass_over(number)
+        if packs.at_most_one:
+            return gradient, loss, means, gap
         gradient, loss, means = jax.tree.map(jnp.add, total[:3], (gradient, loss, means))
         return gradient, loss, means, jnp.maximum(total[3], gap)
 
-    first = jnp.zeros((), jnp.int32)
-    if packs.at_most_one:
-        (loss, (means, gap)), gradient = pass_over(first)
-        return loss, gradient, means, gap
-    (loss, (means, gap)), gradient = jax.eval_shape(pass_over, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, loss, means, gap))
+    (loss, (means, gap)), gradient = jax.eval_shape(pass_over, jnp.zeros((), jnp.int32))
+    nothing = (packs.count < 0).astype(jnp.float32)
+    zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), (gradient, loss, means, gap))
     gradient, loss, means, gap = loop(packs.count, add, zeros, parts.seed_axis)
     return loss, gradient, means, gap
 

@@ -1,5 +1,8 @@
 """Meshes and the table of rules: what lies where, and what is refused."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.config import MeshConfig
 from grpo_jax.errors import InputError
+from grpo_jax.hlo import Program
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.parallel import (
     axes_text,
@@ -25,6 +29,7 @@ from grpo_jax.parallel import (
     shardings,
     spread_columns,
 )
+from grpo_jax.step import sampling_variables
 
 
 def mesh_of(data=1, fsdp=1, tensor=1, expert=1, sequence=1):
@@ -179,6 +184,25 @@ def test_rows_are_split_over_data_and_fsdp_and_copied_over_tensor():
     shards = {s.device.id: np.asarray(s.data).tolist() for s in rows.addressable_shards}
     assert sorted(map(tuple, shards.values())) == sorted([(1, 2), (3, 4), (5, 6), (7, 8)] * 2)
     assert row_sharding(mesh).shard_shape((8, 3)) == (2, 3) and replicated(mesh).shard_shape((8, 3)) == (8, 3)
+
+
+def test_weights_of_sampling_travel_rounded_and_layer_by_layer():
+    """Gathers of float32 send twice the bytes; whole stacks would stand beside the layers that are cut out of them."""
+    fields = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "mesh.sampling": "tensor"}
+    config = tiny.config(**fields, **{"model.compute_dtype": "bfloat16"})
+    parts = dataclasses.replace(tiny.parts(tiny.config()), config=config, mesh=make_mesh(config.mesh))
+    variables = {"params": tiny.params(parts.module.architecture)}
+    variables = jax.device_put(variables, shardings(variables, parts.mesh))
+    text = jax.jit(functools.partial(sampling_variables, parts)).lower(variables).compile().as_text()
+    program = Program(text).computations
+    main = next(c for c in program.values() if any(i.opcode == "all-gather" for i in c.values()))
+    gathers = [i for i in main.values() if i.opcode == "all-gather"]
+    assert len(gathers) == 2 * 7 + 1  # kernels of each layer; the embedding
+    assert all(shape.dims[0] == 1 for g in gathers for shape in g.shapes if len(shape.dims) == 3)
+    for gather in gathers:  # CPUs gather in float32 what was rounded before
+        made = main[gather.operands[0]]
+        inside = [made, *(i for name in made.called() for i in program[name].values())]
+        assert any(shape.dtype == "bf16" for i in inside for shape in i.shapes), gather
 
 
 @pytest.mark.parametrize(

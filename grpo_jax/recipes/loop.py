@@ -197,9 +197,14 @@ def check_base(saved: Mapping[str, Any], about: Mapping[str, Any], workdir: path
         )
 
 
+def is_ready(arrays: Any) -> bool:
+    """Whether reading the arrays would wait for nothing."""
+    return all(x.is_ready() for x in jax.tree.leaves(arrays))
+
+
 @dataclasses.dataclass
 class Loop:
-    """One training loop.
+    """One training loop: a step is recorded as soon as the next one is on its way, or at once where it is done by then.
 
     Attributes:
       steps: steps of the whole run.
@@ -262,6 +267,10 @@ class Loop:
                     self.checkpoints.save(done, self.saved_part(state), about, found.get(self.score))
                 slowest, pause = max(slowest, seconds), max(pause, time.perf_counter() - mark)
                 mark = time.perf_counter()
+            elif is_ready(metrics):
+                seconds, mark = self._seconds(metrics, mark)
+                self.record(*waiting, {}, seconds)
+                waiting, slowest = None, max(slowest, seconds)
             if reason and not last:
                 self.checkpoints.wait()
                 raise Stopped(f"stopped by {reason} after step {done} of {self.steps}; saved")

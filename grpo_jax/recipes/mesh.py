@@ -21,11 +21,12 @@ USED = 0.85  # of a device's memory: formulas are held to 15% of what compilers 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices: how many, what one may take in bytes (0: not known), how many slices they lie in."""
+    """Devices: how many, what one may take in bytes (0: not known), how many slices they lie in, whether TPUs."""
 
     devices: int
     memory: float = 0.0
     slices: int = 1
+    tpu: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ def for_topology(config: Config, architecture: Architecture, topology: Topology)
     """The config with the sizes that `mesh.auto` picks on a machine by name, and a line that says why."""
     if not config.mesh.auto:
         return config, []
-    picked = pick_sizes(config, architecture, Machine(topology.chips, topology.chip.memory, topology.slices))
+    chip = topology.chip
+    picked = pick_sizes(config, architecture, Machine(topology.chips, chip.memory, topology.slices, chip.tpu))
     return placed_on(config, picked.sizes), [f"mesh.auto: {'; '.join(picked.reasons)}"]
 
 
@@ -66,8 +68,9 @@ def this_machine() -> Machine:
     """The devices of all processes; their memory by the table of chips, or by what the backend says."""
     devices, chip = jax.devices(), chip_here()
     told: dict[str, Any] = {} if chip else jax.local_devices()[0].memory_stats() or {}
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
-    return Machine(len(devices), chip.memory if chip else told.get("bytes_limit", 0.0), slices)
+    tpu = devices[0].platform == "tpu"
+    slices = len({device.slice_index for device in devices}) if tpu else 1
+    return Machine(len(devices), chip.memory if chip else told.get("bytes_limit", 0.0), slices, tpu)
 
 
 def pick_sizes(config: Config, architecture: Architecture, machine: Machine) -> Picked:
@@ -82,7 +85,7 @@ def pick_sizes(config: Config, architecture: Architecture, machine: Machine) -> 
     shapes = state_shapes(placed, abstract_params(architecture))
     first, least = None, None
     for sizes in candidates(placed, architecture, machine):
-        need = plan_memory(placed_on(placed, sizes), architecture, sizes, shapes).total
+        need = plan_memory(placed_on(placed, sizes), architecture, sizes, shapes, machine.tpu).total
         first = first or (need, sizes)
         if not machine.memory or need <= USED * machine.memory:
             return Picked(sizes, reasons(sizes, first, need, machine, config))

@@ -40,8 +40,10 @@ class Memory:
       rollout: tokens, log-probabilities and noise, which outlive sampling.
       gradient: that of a pack, and the sum over packs where there are several.
       cast: parameters in the compute dtype.
-      gathered: whole layers, or the whole output matrix, brought from other devices, and their gradient.
-      activations: what the backward pass of a pack keeps.
+      kept: what the backward pass of a pack has of its forward pass.
+      gathered_layers: whole layers brought from other devices.
+      insides: of one layer in its backward pass.
+      gathered_head: the whole output matrix, brought from other devices, and its gradient.
       logits: of one chunk of positions, forward and backward.
       fetched: what comes from the host's memory for a use, the optimizer's state or the reference.
     """
@@ -56,8 +58,10 @@ class Memory:
     rollout: float
     gradient: float
     cast: float
-    gathered: float
-    activations: float
+    kept: float
+    gathered_layers: float
+    insides: float
+    gathered_head: float
     logits: float
     fetched: float = 0.0
 
@@ -73,8 +77,8 @@ class Memory:
 
     @property
     def training(self) -> float:
-        """Temporaries of a gradient pass."""
-        passes = self.cast + self.gathered + self.activations + self.logits
+        """Temporaries of a gradient pass: at the logits or in a layer, which are one after another."""
+        passes = self.cast + self.kept + max(self.gathered_head + self.logits, self.gathered_layers + self.insides)
         return self.gradient + max(passes, self.fetched) + self.rollout
 
     @property
@@ -180,9 +184,7 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     """`plan` with the parameter tree's shapes at hand."""
     sizes = sizes_of(config, topology.chips)
     check_batch(config, sizes.mesh)
-    tpu = topology.chip.tpu and kernel_name(config.model, architecture, "tpu", sizes.mesh.shape, None)
-    splash = bool(tpu) and not config.train.share_prefix
-    memory = plan_memory(config, architecture, sizes, state_shapes(config, params), splash)
+    memory = plan_memory(config, architecture, sizes, state_shapes(config, params), topology.chip.tpu)
     work = plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
     read = (memory.sampling_weights + memory.cache) * work.passes
@@ -202,10 +204,16 @@ def state_shapes(config: Config, params: Any) -> Shapes:
     return Shapes(params, trainable, {**frozen, **abstract_teacher(config)}, optimizer)
 
 
-def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, splash: bool = False) -> Memory:
-    """Bytes of one device by use; `splash`: training attends by that kernel."""
+def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, tpu: bool = False) -> Memory:
+    """Bytes of one device by use, of a TPU or of another one."""
+    kernel = tpu and kernel_name(config.model, a, "tpu", sizes.mesh.shape, None)
+    splash = bool(kernel) and not config.train.share_prefix
     params, trainable = shapes.params, shapes.trainable
     shape, compute = pack_shape(config, sizes.parts, sizes.sequence), jnp.dtype(config.model.compute_dtype).itemsize
+    residuals, insides = _activations(config, a, sizes, shape, compute, splash)
+    gathered = _gathered_layers(a, sizes, params, compute)
+    if config.model.remat == "none":  # the weights that a layer multiplied with are kept too
+        residuals, gathered = residuals + gathered * a.layers, 0.0
     masters = held(trainable, sizes)
     float32 = held(trainable, sizes, 4)
     kept = config.objective.beta > 0 and not config.lora.rank
@@ -223,8 +231,10 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, s
         rollout=_rollout(config, sizes),
         gradient=(2 if packs(config, sizes, shape) > 1 else 1) * float32,
         cast=held(params, sizes, compute) if compute < 4 and not config.lora.rank else 0.0,
-        gathered=_gathered(config, a, sizes, params, compute),
-        activations=_activations(config, a, sizes, shape, compute, splash),
+        kept=residuals,
+        gathered_layers=2 * gathered,  # one in use and one on its way
+        insides=insides,
+        gathered_head=_gathered_head(config, a, sizes, compute, copies=2 if tpu else 1),
         logits=_logits(config, a, sizes, shape),
         fetched=max((state[name] for name in away if name in state), default=0.0),
     )
@@ -342,24 +352,26 @@ def _rollout(config: Config, sizes: Sizes) -> float:
     return rows * (length * 4 * 12 + config.data.max_prompt_length * 4 * 2)
 
 
-def _gathered(config: Config, a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
-    """What fsdp gathers at once: two layers (one in use, one on its way) and one's gradient before it is scattered.
-
-    Or, where that is more, the output matrix, its float32 gradient and one of the embedding.
-    """
+def _gathered_layers(a: Architecture, sizes: Sizes, params: Any, compute: int) -> float:
+    """Weights of one layer; the gradient of each goes back to the devices as it is made."""
     if sizes.fsdp == 1:
         return 0.0
     stacks = {name: tree for name, tree in params.items() if name.startswith("stack_")}
-    layer = held(stacks, sizes, 1, ("fsdp",)) / a.layers
-    width = 0 if config.lora.rank else 4
+    return held(stacks, sizes, compute, ("fsdp",)) / a.layers
+
+
+def _gathered_head(config: Config, a: Architecture, sizes: Sizes, compute: int, copies: int) -> float:
+    """The output matrix, in two layouts on TPUs, and its float32 gradient."""
+    if sizes.fsdp == 1:
+        return 0.0
     head = a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
-    return max(layer * (2 * compute + width), head * (2 * compute + width))
+    return head * (compute * copies + (0 if config.lora.rank else 4))
 
 
 def _activations(
     config: Config, a: Architecture, sizes: Sizes, shape: PackShape, compute: int, splash: bool = False
-) -> float:
-    """What the backward pass keeps of each layer (its input; without rematerialisation all), and one's insides."""
+) -> tuple[float, float]:
+    """(what is kept of each layer for the backward pass, its input or without rematerialisation all; one's insides)."""
     length, prompt = config.sampler.max_new_tokens, config.data.max_prompt_length
     width = length if shape.shared else length + prompt
     tokens = shape.rows * width + (shape.prompts * prompt if shape.shared else 0)
@@ -375,8 +387,8 @@ def _activations(
     kept = tokens * a.width * compute
     inner, kept = inner / sizes.sequence, kept / sizes.sequence
     if config.model.remat in ("full", "offload_dot_with_no_batch_dims"):
-        return a.layers * kept + 1.5 * inner + sums
-    return a.layers * (inner + kept) + sums
+        return a.layers * kept, 1.5 * inner + sums
+    return a.layers * (inner + kept) + sums, 0.0
 
 
 def _mlp_numbers(a: Architecture, sizes: Sizes) -> float:

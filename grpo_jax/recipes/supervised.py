@@ -39,9 +39,11 @@ from grpo_jax.models.peft import base_of, is_adapters, write_adapters
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import (
     check_offload,
+    give_back_host_memory,
     in_host_memory,
     make_mesh,
     moved,
+    options_of_cpu,
     place,
     put_rows,
     replicated,
@@ -106,6 +108,7 @@ def supervised_program(
         in_shardings=(shardings(fixed, mesh), layout, row_sharding(mesh)),
         out_shardings=(layout, replicated(mesh), None),
         donate_argnums=1,
+        compiler_options=options_of_cpu(mesh),
     )
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     return program, abstract, jax.jit(make, out_shardings=layout)
@@ -137,6 +140,7 @@ def descend(
         stop.progress(f"compiling {name}")
         with terminal.compiling(name):
             compiled = functools.partial(program.lower(fixed, abstract, batch(first)).compile(), fixed)
+        give_back_host_memory()
         fetch = Fetcher()
         with RunWriter(workdir, dataclasses.replace(LogConfig(), tensorboard=False), first or None) as writer:
 

@@ -192,7 +192,7 @@ def test_a_plan_adds_up_by_hand():
     [
         ("objective.beta", 0.0, "reference"),
         ("sampler.cache_dtype", "float32", "cache"),
-        ("model.remat", "full", "activations"),
+        ("model.remat", "full", "kept"),
         ("model.logits_chunk", 64, "logits"),
         ("model.compute_dtype", "float32", "sampling_weights"),
         ("optim.moment_dtype", "bfloat16", "optimizer"),

@@ -15,20 +15,35 @@ from grpo_jax.errors import InputError
 from grpo_jax.recipes.loop import Loop, Stop, Stopped, open_workdir
 
 
+class Metric(int):
+    """A number that is there when its step is done."""
+
+    done = False
+
+    def is_ready(self) -> bool:
+        return self.done
+
+
 @dataclasses.dataclass
 class Run:
-    """A loop over integers that writes down what happens; `at` holds what is done while a step is dispatched."""
+    """A loop over integers that writes down what happens; `at` holds what is done while a step is dispatched.
+
+    `waits`: a step is done when its call returns.
+    """
 
     events: list = dataclasses.field(default_factory=list)
     at: dict[int, Any] = dataclasses.field(default_factory=dict)
     step_seconds: float = 0.0
+    waits: bool = False
 
-    def program(self, state: int, batch: str) -> tuple[int, int, str]:
+    def program(self, state: int, batch: str) -> tuple[int, Metric, str]:
         assert batch == f"batch {state}"
         self.events.append(("step", state + 1))
         time.sleep(self.step_seconds)
         self.at.get(state + 1, lambda: None)()
-        return state + 1, (state + 1) * 10, f"details {state + 1}"
+        metric = Metric((state + 1) * 10)
+        metric.done = self.waits
+        return state + 1, metric, f"details {state + 1}"
 
     def record(self, done: int, metrics: int, details: str, found: dict[str, float], seconds: float) -> None:
         assert (metrics, details) == (done * 10, f"details {done}") and seconds >= 0
@@ -78,6 +93,29 @@ def test_the_host_is_one_step_behind():
         ("save", 4, None),
         ("wait",),
     ]
+
+
+def test_a_step_that_is_done_when_its_call_returns_is_recorded_at_once():
+    run, seconds = Run(waits=True, step_seconds=0.05), []
+
+    def record(done: int, metrics: int, details: str, found: dict[str, float], took: float) -> None:
+        run.record(done, metrics, details, found, took)
+        seconds.append(took)
+
+    loop = dataclasses.replace(run.loop(3, Stop(None), save_every=2), record=record)
+    assert loop.run(0, 0) == 3
+    assert [event[:2] for event in run.events] == [
+        ("step", 1),
+        ("record", 1),
+        ("step", 2),
+        ("record", 2),
+        ("save", 2),
+        ("step", 3),
+        ("record", 3),
+        ("save", 3),
+        ("wait",),
+    ]
+    assert all(0.05 <= took < 0.5 for took in seconds)  # each step's own, the first and the last as well
 
 
 def test_metrics_are_written_before_the_checkpoint_that_they_belong_to():

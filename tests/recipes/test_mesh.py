@@ -35,9 +35,9 @@ def step(model, **fields):
         ("Qwen2.5-0.5B", "v5p:8", "data=8"),
         ("Qwen2.5-0.5B", "h100:8", "data=8"),
         ("Qwen2.5-1.5B", "v5e:8", "data=2 x fsdp=4"),
-        ("Qwen2.5-7B", "h100:8", "fsdp=8"),
+        ("Qwen2.5-7B", "h100:8", "data=2 x fsdp=4"),
         ("Qwen2.5-7B", "v5p:16", "data=4 x fsdp=4"),
-        ("Qwen2.5-7B", "2*v5e:4x8", "data=2 x fsdp=16 x tensor=2"),
+        ("Qwen2.5-7B", "2*v5e:4x8", "data=2 x fsdp=32"),
         ("Qwen3-30B-A3B", "v5p:32", "data=2 x expert=16"),
     ],
 )
