@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -221,3 +224,34 @@ def test_the_layout_of_sampling(sampling, spec):
         "kernel"
     ]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+
+
+MEMORY_OF_CALLS = """
+import resource
+from grpo_jax.parallel import keep_host_memory
+keep_host_memory()
+import jax, jax.numpy as jnp
+
+def sorted_twice(x):
+    return jnp.sort(jnp.sort(jnp.tile(x, (64, 1)) + jnp.arange(64.0)[:, None], axis=1), axis=0)[3]
+
+shape = jax.ShapeDtypeStruct((1 << 16,), jnp.float32)
+program = jax.jit(sorted_twice, donate_argnums=0).lower(shape).compile()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+x = jax.block_until_ready(jnp.arange(float(1 << 16)))
+before = peak()
+for _ in range(6):
+    x = program(x)
+jax.block_until_ready(x)
+print((peak() - before) / program.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
+def test_calls_of_a_program_share_one_block_of_temporaries():
+    """Six calls, none waited for; where they overlap they took six blocks."""
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    command = [sys.executable, "-c", MEMORY_OF_CALLS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1.6
