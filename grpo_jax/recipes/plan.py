@@ -337,13 +337,18 @@ def _head_share(weights: float, head: float) -> float:
 
 
 def _prefill(config: Config, a: Architecture, sizes: Sizes, compute: int) -> float:
-    """Hidden states of the prompts with the widest layer's insides, scores, and the logits of a decode step."""
+    """Hidden states of the prompts with the widest layer's insides, scores, and the logits of a decode step.
+
+    And, where it is gathered, a second copy of a tied output matrix, which is looked up in one layout and multiplied in
+    another.
+    """
     prompts, width = config.data.prompts_per_step / sizes.rows, config.data.max_prompt_length
     rows = min(config.sampler.slots or config.completions, config.completions) / sizes.rows
     mlp = 2 * a.mlp_width / sizes.tensor
     tokens = prompts * width * (2 * a.width + mlp) * compute
     scores = prompts * a.heads / sizes.tensor * width * width * (4 + compute)
-    return max(tokens + scores, rows * a.vocabulary / sizes.tensor * 4 * 3)
+    matrix = a.vocabulary * a.width / sizes.tensor * compute if a.tied and sizes.fsdp > 1 else 0.0
+    return max(tokens + scores, rows * a.vocabulary / sizes.tensor * 4 * 3) + matrix
 
 
 def _rollout(config: Config, sizes: Sizes) -> float:
