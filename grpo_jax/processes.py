@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public name (orbax uses it as well)
-from jax.experimental import multihost_utils
+from jax._src.lib import _jax  # nor has what makes processes agree on a place to stop
 
 from grpo_jax.config import DistributedConfig
 from grpo_jax.errors import InputError
@@ -30,6 +30,8 @@ POLL_MS = 5000  # a wait is cut into such pieces, or signals would wait as long
 PIECE = 1 << 20  # characters of a message through the coordinator
 _rounds = itertools.count()
 _told: collections.deque[str] = collections.deque()  # names of this process' last exchanges
+_agreements: list[Any] = []  # jax's preemption sync manager of this job, one where there are several processes
+_asked = itertools.count(1)  # how often `told_to_stop` was asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,8 @@ def join(given: Place, config: DistributedConfig, environ: Mapping[str, str]) ->
             "three, or start one process"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Orbax asks the one that jax would make about each step it saves; asked out of turn, it never answers yes.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -132,6 +136,13 @@ def join(given: Place, config: DistributedConfig, environ: Mapping[str, str]) ->
             f"process {place.process}: could not join the others at {place.coordinator} within "
             f"distributed.join_timeout={config.join_timeout} seconds ({_short(error)})"
         ) from error
+    _agree()
+
+
+def _agree() -> None:
+    """Lets processes agree on a place to stop: from here on jax hears SIGTERM and tells the others."""
+    _agreements.append(_jax.create_preemption_sync_manager())
+    _agreements[0].initialize(jax_distributed.global_state.client)
 
 
 def several() -> bool:
@@ -227,15 +238,16 @@ def ask_all_to_stop() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def told_to_stop(asked: int) -> bool:
-    """Whether to stop here; `asked` counts the times that this was asked, the same in all processes."""
-    return multihost_utils.reached_preemption_sync_point(asked)
+def told_to_stop() -> bool:
+    """Whether to stop here; all processes must ask at the same places."""
+    return _agreements[0].reached_sync_point(next(_asked))
 
 
 def part() -> None:
     """Waits until all processes are done, and lets go of them."""
     if several():
         exchange(None)
+        _agreements.pop().shutdown()  # it needs the connection
         jax.distributed.shutdown()
 
 

@@ -1,5 +1,7 @@
 """Several processes: how they find each other, what they share, and that a job outlives the loss of any of them."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -102,6 +104,7 @@ def test_a_tpu_vm_is_known_by_its_metadata_server(monkeypatch):
 def test_what_jax_is_told(monkeypatch, given, environ, told):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(processes, "_agree", lambda: None)
     processes.join(given, DistributedConfig(heartbeat_timeout=11, join_timeout=22), environ)
     if told is None:
         assert calls == []
@@ -213,10 +216,10 @@ def test_an_error_of_any_process_is_raised_by_all(monkeypatch):
 
 def test_a_reason_to_stop_waits_for_the_place_that_all_agree_on(monkeypatch):
     """Asked at its 3rd question, this process goes on until the one at which jax says so, and spreads the word once."""
-    spread = []
+    spread, asked = [], itertools.count(1)
     monkeypatch.setattr(processes, "several", lambda: True)
     monkeypatch.setattr(processes, "ask_all_to_stop", lambda: spread.append(1))
-    monkeypatch.setattr(processes, "told_to_stop", lambda asked: asked == 6)
+    monkeypatch.setattr(processes, "told_to_stop", lambda: next(asked) % 6 == 0)
     monkeypatch.setattr(processes, "exchange", lambda value: [None, value])
     stop = Stop(None)
     found = []
@@ -228,6 +231,50 @@ def test_a_reason_to_stop_waits_for_the_place_that_all_agree_on(monkeypatch):
     other = Stop(None)
     monkeypatch.setattr(processes, "exchange", lambda value: ["the time budget", value])
     assert [other.reason() for _ in range(6)] == [None] * 5 + ["the time budget"] and spread == [1]
+
+
+STOPPED = """
+import sys, time, jax
+from grpo_jax import processes
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import DistributedConfig
+from grpo_jax.recipes.loop import Stop
+
+port, number = sys.argv[1:]
+processes.join(processes.Place(f"localhost:{port}", 2, int(number)), DistributedConfig(), {})
+mesh = jax.make_mesh((2,), ("data",))
+state = {"x": jax.jit(lambda: jax.numpy.zeros(2), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()}
+with Stop(None) as stop, Checkpoints("checkpoints", 1) as checkpoints:
+    stop.check("before the first step")
+    stop.check("before the first step")
+    for step in range(1, 1_000):
+        reason = stop.reason()
+        if reason:
+            break
+        checkpoints.save(step, state, {})
+        time.sleep(0.2)
+print(step, reason, flush=True)
+processes.part()
+"""
+
+
+def test_a_signal_is_heard_between_saves(tmp_path, cli_env):
+    """SIGTERM to the second of two processes, which save as they go: both stop at the same question."""
+    port, out = launcher.free_port(), [tmp_path / "0.out", tmp_path / "1.out"]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for i in (0, 1):
+            command = [sys.executable, "-c", STOPPED, str(port), str(i)]
+            started.append(job.started(tmp_path, job.environment(cli_env), command, str(i)))
+            stack.callback(started[i].kill)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "3").exists():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+            time.sleep(0.05)
+        started[1].send_signal(signal.SIGTERM)
+        assert [process.wait(60) for process in started] == [0, 0]
+    said = [path.read_text().splitlines()[-1] for path in out]
+    assert said[0] == said[1] and said[0].endswith(" SIGTERM")
 
 
 # The launcher.

@@ -52,7 +52,6 @@ class Stop:
         self._signal: int | None = None
         self._earlier: dict[int, Any] = {}
         self._watchdog = watchdog
-        self._asked = 0
         self._spread = False
 
     def __enter__(self) -> "Stop":
@@ -88,11 +87,10 @@ class Stop:
         own = self._own_reason(needed)
         if not processes.several():
             return own
-        self._asked += 1
         if own is not None and not self._spread:
             self._spread = True
             processes.ask_all_to_stop()
-        if not processes.told_to_stop(self._asked):
+        if not processes.told_to_stop():
             return None
         found = [reason for reason in processes.exchange(own) if reason is not None]
         return found[0] if found else signal.SIGTERM.name

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -267,12 +268,21 @@ def test_a_second_start_does_not_train_beside_the_first(launch, tmp_path):
     """The command of a host is run here twice: the lock that the first one holds turns the second one away."""
     script(tmp_path / "bin" / "gcloud", 'case "$*" in *describe*) echo ACTIVE ;; *train*) eval "${@: -1}" ;; esac\n')
     (tmp_path / "grpo_jax").mkdir()
-    script(tmp_path / "grpo_jax_venv" / "bin" / "grpo-jax", "echo training; sleep 3\n")
-    started = launch("tpu_vm.sh", "train", *TPU, "--detach")
-    assert started.returncode == 0
-    again = launch("tpu_vm.sh", "train", *TPU)
+    log, end = tmp_path / "grpo_jax.log", tmp_path / "end"
+    text = f"echo training; until [[ -e {end} ]]; do sleep 0.1; done\n"
+    script(tmp_path / "grpo_jax_venv" / "bin" / "grpo-jax", text)
+    try:
+        started = launch("tpu_vm.sh", "train", *TPU, "--detach")
+        assert started.returncode == 0
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()):  # it has the lock once it trains
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        again = launch("tpu_vm.sh", "train", *TPU)
+    finally:
+        end.touch()
     assert again.returncode == 75
-    assert (tmp_path / "grpo_jax.log").read_text() == "training\n"
+    assert log.read_text() == "training\n"
 
 
 def test_slurm_submits_what_it_prints(launch, tmp_path):
