@@ -25,7 +25,8 @@ import numpy as np
 
 from grpo_jax.config import default_config, from_dict
 from grpo_jax.models.architecture import llama
-from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.models.build import build_decoder
+from grpo_jax.models.decoder import init_params
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import keep_host_memory, make_mesh, row_sharding
 from grpo_jax.sampler.types import Prompts, Scores
@@ -189,7 +190,7 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
         rope_theta=10000.0,
         tied=True,
     )
-    module = Decoder(architecture, remat=config.model.remat, mesh=mesh)
+    module = build_decoder(config, architecture, mesh)
     width = max(map(len, answers))
     table = np.array([[ids[c] for c in a] + [PAD] * (width - len(a)) for a in answers], np.int32)
     reward: Any = DigitReward(jnp.asarray(table), jnp.asarray([len(a) for a in answers], jnp.int32))

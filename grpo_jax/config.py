@@ -61,6 +61,11 @@ class ModelConfig:
         "jax.checkpoint_policies does not keep; offload_... keeps it in the host's memory",
         ("none", "full", *REMAT_POLICIES),
     )
+    unroll: int = option(
+        0,
+        "layers that follow one another in training's loop over layers: fewer copies, a longer compile; 0: all of a "
+        "model of at most 8 layers where nothing is recomputed, else 1",
+    )
     logits_chunk: int = option(0, "positions whose logits exist at once in training; 0: all that a micro-batch has")
 
 
@@ -843,7 +848,7 @@ def validate(config: Config, source: str = "config") -> None:
         "objective.vespo_k_neg objective.vespo_lambda_pos objective.vespo_lambda_neg ppo.vf_coef ppo.cliprange_value "
         "dpo.lr optim.routing_bias_rate rewards.workers rewards.length_budget "
         "rewards.overlong_cache rewards.judge.retries rewards.judge.requests_per_second log.watchdog_minutes "
-        "mesh.cpu_devices"
+        "mesh.cpu_devices model.unroll"
     ).split()
     for name in not_negative:
         require(value_of(c, name) >= 0, name, "must not be negative")

@@ -48,7 +48,7 @@ from grpo_jax.data.mixture import build_mixture, load_all_rows
 from grpo_jax.data.prompts import make_batch
 from grpo_jax.errors import InputError
 from grpo_jax.metrics import CompileCounter, Fetcher, RunWriter
-from grpo_jax.models.build import build_decoder
+from grpo_jax.models.build import build_decoder, layers_in_a_row
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.heads import save_head
 from grpo_jax.models.huggingface import write_folder
@@ -417,6 +417,17 @@ def test_remat(model):
     assert prepared(model, **{"model.remat": "full"})[0].module.remat == "full"
     for name in REMAT_POLICIES:
         assert traced(**{"model.remat": name}) not in (full, traced()), name
+
+
+@flips("model.unroll")
+def test_unroll(model):
+    """A model of one layer needs no loop; with remat one stays, or as many layers in a row as the field says."""
+    assert "unroll=2\n" not in traced() and "unroll=2\n" in traced(**{"model.unroll": 2})
+    full = {"model.remat": "full"}
+    for fields, layers in (({}, 8), (full, 1), ({"model.unroll": 3}, 3), (full | {"model.unroll": 3}, 3)):
+        assert layers_in_a_row(tiny.config(**fields).model, tiny.architecture(layers=8)) == layers
+    assert layers_in_a_row(tiny.config().model, tiny.architecture(layers=9)) == 1
+    assert prepared(model, **{"model.unroll": 3})[0].module.unroll == 3
 
 
 @flips("model.logits_chunk")

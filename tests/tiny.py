@@ -207,6 +207,7 @@ def parts(
             of or architecture(),
             dtype=jnp.dtype(config.model.compute_dtype),
             remat=config.model.remat,
+            unroll=config.model.unroll or 1,  # the loop that larger models have
             mesh=on,
             sampling=config.mesh.sampling,
         ),

@@ -13,6 +13,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.ops.kernels import Kernel
 
+UNROLLED = 8  # layers of a model that needs no loop over layers: a program of as many compiles in seconds
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # the kernel of a platform, where it can serve
 
 
@@ -22,10 +23,17 @@ def build_decoder(config: Config, architecture: Architecture, mesh: Mesh) -> Dec
         architecture,
         dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.model.remat,
+        unroll=layers_in_a_row(config.model, architecture),
         kernel=choose_kernel(config.model, architecture, mesh),
         mesh=mesh,
         sampling=config.mesh.sampling,
     )
+
+
+def layers_in_a_row(config: ModelConfig, architecture: Architecture) -> int:
+    """What `model.unroll` stands for: layers that training's loop over layers does in one turn."""
+    few = architecture.layers <= UNROLLED and config.remat == "none"
+    return config.unroll or (architecture.layers if few else 1)
 
 
 def build_policy(config: Config, architecture: Architecture, mesh: Mesh) -> Decoder:

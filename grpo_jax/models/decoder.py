@@ -391,6 +391,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, stacks of layers, final norm, output matrix.
 
+    `unroll`: layers that a turn of the scan does.
     `balance`: the gradient of routing biases is the load of their experts, for `optimizer.move_routing_biases`.
     `kernel`: attends in passes without a cache; None: XLA.
     `mesh`: devices over whose axes expert and sequence the work of a layer is split; `sampling`: `mesh.sampling`.
@@ -400,6 +401,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     scanned: bool = True
     remat: str = "none"
+    unroll: int = 1
     balance: bool = False
     kernel: Kernel | None = None
     mesh: Mesh | None = None
@@ -411,7 +413,9 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(
             a.vocabulary, a.width, embedding_init=nn.initializers.normal(a.width**-0.5), dtype=self.dtype
         )
-        layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=remat_policy(self.remat))
+        layer = Layer
+        if self.remat != "none":  # a loop of single layers keeps what is computed again apart by itself
+            layer = nn.remat(Layer, prevent_cse=self.unroll > 1, policy=remat_policy(self.remat))
 
         def of(stack: Stack) -> tuple:
             kernel = None if self.kernel is None else self.kernel.over(stack.windows)
@@ -423,6 +427,7 @@ class Decoder(nn.Module):
                 variable_axes={"params": 0, "adapters": 0, "adapter_scales": 0},
                 split_rngs={"params": True},
                 in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
+                unroll=self.unroll,
             )
             for i, stack in enumerate(a.stacks):
                 setattr(self, f"stack_{i}", scan(*of(stack)))

@@ -15,6 +15,7 @@ from grpo_jax.data.sources import load_rows
 from grpo_jax.errors import InputError
 from grpo_jax.models.abstract import base_sizes
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.build import layers_in_a_row
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.loading import LoadedModel
 from grpo_jax.parallel import make_mesh, whole
@@ -76,7 +77,7 @@ def make_base(
         config.data.max_prompt_length,
         lambda _: {},
     )
-    module = Decoder(architecture)
+    module = Decoder(architecture, unroll=layers_in_a_row(config.model, architecture))
     params = jax.jit(lambda key: init_params(module, key))(jax.random.key(config.seed))
     examples = [_example(tokenizer, prompt, completion) for prompt, completion in pairs]
     longest = max(len(ids) for ids, _ in examples)

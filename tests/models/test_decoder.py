@@ -31,9 +31,9 @@ def left_padded(lengths=LENGTHS, width=S, seed=0):
 
 
 @functools.cache
-def logits_of(architecture, remat="none", scanned=True, dtype="float32"):
+def logits_of(architecture, remat="none", scanned=True, dtype="float32", unroll=1):
     """A jitted (variables, tokens, positions, segments) -> logits."""
-    module = Decoder(architecture, dtype=jnp.dtype(dtype), remat=remat, scanned=scanned)
+    module = Decoder(architecture, dtype=jnp.dtype(dtype), remat=remat, scanned=scanned, unroll=unroll)
 
     @jax.jit
     def logits(variables, *inputs):
@@ -194,6 +194,29 @@ def test_recomputing_in_the_backward_changes_no_gradient():
     assert bytes_held == sorted(bytes_held, reverse=True) and len(set(bytes_held)) == 4, bytes_held
     for gradient in gradients[1:]:
         jax.tree.map(close, gradient, gradients[0])
+
+
+def test_layers_in_a_row_change_no_gradient():
+    """Also two and one of three; and what is to be recomputed is, where XLA could join it with the first time."""
+    of = tiny.architecture(layers=3)
+    params, tokens = tiny.params(of), np.random.default_rng(5).integers(0, tiny.VOCABULARY, (2, 64))
+    inputs = (tokens, np.broadcast_to(np.arange(64), tokens.shape), np.ones_like(tokens))
+    weights = np.random.default_rng(5).normal(size=(*tokens.shape, tiny.VOCABULARY))
+    loops, held, gradients = {}, {}, {}
+    for kind in [(remat, unroll) for remat in ("none", "full") for unroll in (1, 2, 3)]:
+
+        def loss(params, kind=kind):
+            return jnp.sum(logits_of(of, remat=kind[0], unroll=kind[1])({"params": params}, *inputs) * weights)
+
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        loops[kind] = lowered.as_text().count("stablehlo.while")
+        compiled = lowered.compile()
+        held[kind] = compiled.memory_analysis().temp_size_in_bytes
+        gradients[kind] = compiled(params)
+    for gradient in gradients.values():
+        jax.tree.map(close, gradient, gradients["none", 1])
+    assert loops["none", 1] - loops["none", 3] == 2, loops  # forward and backward
+    assert all(held["full", unroll] < held["none", unroll] for unroll in (1, 2, 3)), held
 
 
 def test_bfloat16_computes_near_float32_with_float32_logits():
