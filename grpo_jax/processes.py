@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public name (orbax uses it as well)
-from jax._src.lib import _jax  # nor has what makes processes agree on a place to stop
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]  # nor have agreements on a place to stop
 
 from grpo_jax.config import DistributedConfig
 from grpo_jax.errors import InputError

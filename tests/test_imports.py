@@ -176,6 +176,13 @@ def test_the_package_and_its_config_import_no_jax(cli_env):
     assert not loaded & {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "matplotlib"}
 
 
+def test_the_step_needs_no_tokenizer_and_no_reader_of_checkpoints(cli_env):
+    """They are 30 MB of a process, in which a sampler or a benchmark has no use for them."""
+    loaded = loaded_by("import grpo_jax.step", cli_env)
+    assert {"jax", "grpo_jax.rewards.reward_model", "grpo_jax.rewards.model_judge"} <= loaded
+    assert not loaded & {"orbax", "tensorstore", "sentencepiece", "tokenizers", "jinja2"}
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import grpo_jax
 

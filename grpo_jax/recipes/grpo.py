@@ -55,8 +55,9 @@ from grpo_jax.recipes.loop import Loop, Stop, check_base, check_workdir, open_st
 from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.recipes.supervised import about_base, save_adapters
 from grpo_jax.rewards.host import Progress, Record
-from grpo_jax.rewards.model_judge import ModelJudge, open_model_judge
-from grpo_jax.rewards.reward_model import COLLECTION, load_reward_variables, open_reward_models
+from grpo_jax.rewards.model_files import load_reward_variables, open_model_judge, open_reward_models
+from grpo_jax.rewards.model_judge import ModelJudge
+from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import RewardPools, build_scorer
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import Metrics, Program, StepParts, TrainState, init_state

@@ -22,14 +22,9 @@ from grpo_jax.recipes.grpo import check_inputs, initial_state, prepare, read_row
 from grpo_jax.recipes.loop import Stop, open_workdir
 from grpo_jax.recipes.mesh import with_mesh
 from grpo_jax.rewards.letters import languages_of
-from grpo_jax.rewards.model_judge import open_model_judge, read_verdicts
-from grpo_jax.rewards.reward_model import (
-    COLLECTION,
-    MODEL_REWARDS,
-    load_reward_variables,
-    open_reward_models,
-    used_models,
-)
+from grpo_jax.rewards.model_files import load_reward_variables, open_model_judge, open_reward_models, used_models
+from grpo_jax.rewards.model_judge import read_verdicts
+from grpo_jax.rewards.reward_model import COLLECTION, MODEL_REWARDS
 from grpo_jax.rewards.scorer import build_scorer, check_in_graph
 from grpo_jax.rewards.texts import TEXT_REWARDS, expected_text, opens_thinking, reason, text_of, text_reward
 from grpo_jax.rewards.verifiers import NEED_RIGHT, REWARDS, byte_table, completion_bytes, verifier

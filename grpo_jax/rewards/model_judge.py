@@ -9,7 +9,7 @@ the judge; that it may argue in plain text for itself is in the nature of judges
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,15 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from grpo_jax.config import ModelConfig, ModelJudgeConfig, SamplerConfig, TextConfig
+from grpo_jax.config import ModelJudgeConfig, SamplerConfig
 from grpo_jax.errors import InputError
-from grpo_jax.models.decoder import Decoder, DecoderModule, unstack
-from grpo_jax.models.families import read_config
+from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.parallel import constrain_rows, row_shards
 from grpo_jax.rewards.verifiers import WHITESPACE, ByteTable, completion_bytes
 from grpo_jax.sampler.sample import sample
 from grpo_jax.sampler.types import Prompts, Rollout
-from grpo_jax.text import Tokenizer, render
 
 PROMPT = """You grade a response to a question against a reference answer.
 
@@ -152,36 +150,6 @@ def verdict_of(text: str) -> bool | None:
     return None if match is None else match[1] == "true"
 
 
-def open_model_judge(
-    config: ModelJudgeConfig,
-    model: ModelConfig,
-    text: TextConfig,
-    tokenizer: Tokenizer,
-    rows: Sequence[Mapping[str, Any]],
-    mesh: Mesh,
-) -> ModelJudge:
-    """The judge of a config, its weights not yet read; raises InputError for a folder or a prompt that will not do."""
-    where = f"rewards.model_judge.path={config.path!r}"
-    architecture, own = read_config(f"{config.path}/config.json"), Tokenizer.from_folder(config.path)
-    if own.backend.pieces != tokenizer.backend.pieces:
-        raise InputError(f"{where}: its tokenizer is not the policy's: use a model of the same family")
-    own = own.with_end_tokens(text.end_tokens)
-    if not own.end_ids:
-        raise InputError(f"{where}: names no end token: set text.end_tokens")
-    question = question_of(config)
-    halves = [judge_halves(question, row, own) for row in rows]
-    width = max((len(before) for before, _ in halves), default=1)
-    table, lengths = np.zeros((len(halves), width), np.int32), np.zeros(len(halves), np.int32)
-    for number, (before, _) in enumerate(halves):
-        table[number, width - len(before) :], lengths[number] = before, len(before)
-    sampler = SamplerConfig(
-        group_size=1, max_new_tokens=config.max_new_tokens, temperature=0.0, cache_dtype=model.compute_dtype
-    )
-    module = Decoder(architecture, dtype=jnp.dtype(model.compute_dtype))
-    columns = {COLUMN: table, f"{COLUMN}_lengths": lengths}
-    return ModelJudge(sampler, module, mesh, own.end_ids, columns, tuple(halves[0][1]) if halves else ())
-
-
 def question_of(config: ModelJudgeConfig) -> str:
     """The judge's prompt with its placeholders; raises InputError for a file that will not do."""
     question = PROMPT
@@ -196,31 +164,6 @@ def question_of(config: ModelJudgeConfig) -> str:
     return question
 
 
-def judge_halves(question: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids before and after the completion of a row, under the judge's own chat template where it has one."""
-    template = "chat" if tokenizer.chat_template else "plain"
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        prompt = "\n".join(str(message["content"]) for message in prompt if message["role"] == "user")
-    filled = question.partition("{completion}")
-    specials = tokenizer.backend.specials
-    texts = {"{prompt}": plain(prompt, specials), "{answer}": plain(str(row.get("answer", "")), specials)}
-    gap = "\ufdd0"  # a character that no text holds
-    message = gap.join(texts_in(half, texts) for half in (filled[0], filled[2]))
-    before, _, after = render(message, template, tokenizer).partition(gap)
-    ids = tokenizer.encode(before, special=True)
-    if template == "plain" and tokenizer.add_bos and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
-    return ids, tokenizer.encode(after, special=True)
-
-
 def texts_in(text: str, values: Mapping[str, str]) -> str:
     """The text with its placeholders filled in one pass: a value's own braces stay."""
     return re.sub("|".join(map(re.escape, values)), lambda match: values[match[0]], text)
-
-
-def plain(text: str, specials: Mapping[str, int]) -> str:
-    """A dataset's text without strings that would become control tokens."""
-    for special in specials:
-        text = text.replace(special, "")
-    return text

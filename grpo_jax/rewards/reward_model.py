@@ -12,20 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.config import ModelConfig, RewardModelConfig, RewardsConfig
-from grpo_jax.errors import InputError
-from grpo_jax.models.decoder import Decoder, DecoderModule
-from grpo_jax.models.families import read_config
-from grpo_jax.models.heads import load_head, read_head
-from grpo_jax.models.loading import load_model
-from grpo_jax.parallel import place
+from grpo_jax.config import RewardModelConfig
+from grpo_jax.models.decoder import DecoderModule
+from grpo_jax.models.heads import read_head
 from grpo_jax.rewards.verifiers import ByteTable, completion_bytes
 from grpo_jax.sampler.sample import left_positions
 from grpo_jax.sampler.types import Prompts, Rollout
-from grpo_jax.text import Tokenizer
 
 MODEL_REWARDS = ("helpful", "harmless", "model_judge")
 COLLECTION = "rewards"  # of the step's frozen variables: {name: {"params": ..., "score": ...}}
@@ -114,45 +108,3 @@ def after_marker(
     hits = jnp.stack([padded[:, i : i + width] == byte for i, byte in enumerate(marker)]).all(axis=0)
     at = jnp.max(jnp.where(hits, jnp.arange(width) + len(marker), 0), axis=1)
     return begins >= at[:, None]
-
-
-def used_models(config: RewardsConfig) -> dict[str, RewardModelConfig]:
-    """The reward models among the components, by name."""
-    sections = {"helpful": config.helpful, "harmless": config.harmless}
-    return {name: sections[name] for name in config.names if name in sections}
-
-
-def open_reward_models(
-    config: RewardsConfig, model: ModelConfig, tokenizer: Tokenizer | None
-) -> dict[str, RewardModel]:
-    """The reward models of a config, their weights not yet read.
-
-    Raises InputError for a folder that is none, and for one with another tokenizer than the policy's, whose tokens it
-    reads (None: not yet known).
-    """
-    made = {}
-    for name, section in used_models(config).items():
-        where = f"rewards.{name}.path={section.path!r}"
-        architecture = read_config(f"{section.path}/config.json")
-        load_head(section.path, architecture.width)
-        own = Tokenizer.from_folder(section.path)
-        if tokenizer is not None and own.backend.pieces != tokenizer.backend.pieces:
-            raise InputError(f"{where}: its tokenizer is not the policy's: train it from a model of the same family")
-        made[name] = RewardModel(section, Decoder(architecture, dtype=jnp.dtype(model.compute_dtype)))
-    return made
-
-
-def load_reward_variables(config: RewardsConfig, model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """The variables of a config's models on the mesh, in the dtype that they compute in; empty without any."""
-    made: dict[str, Any] = {}
-    if "model_judge" in config.names:
-        params = load_model(config.model_judge.path).params
-        made["model_judge"] = {"params": place(params, mesh, jnp.dtype(model.compute_dtype))}
-    for name, section in used_models(config).items():
-        loaded = load_model(section.path)
-        head = load_head(section.path, loaded.architecture.width)
-        made[name] = {
-            "params": place(loaded.params, mesh, jnp.dtype(model.compute_dtype)),
-            "score": place(head, mesh, jnp.float32),
-        }
-    return {COLLECTION: made} if made else {}

@@ -22,13 +22,8 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.parallel import make_mesh
 from grpo_jax.recipes import reward_model as recipe
 from grpo_jax.recipes import supervised
-from grpo_jax.rewards.reward_model import (
-    COLLECTION,
-    RewardModel,
-    after_marker,
-    load_reward_variables,
-    open_reward_models,
-)
+from grpo_jax.rewards.model_files import load_reward_variables, open_reward_models
+from grpo_jax.rewards.reward_model import COLLECTION, RewardModel, after_marker
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.verifiers import byte_table
 from grpo_jax.sampler.types import Rollout

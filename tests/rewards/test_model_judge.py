@@ -15,7 +15,8 @@ from grpo_jax.config import ModelConfig, ModelJudgeConfig, SamplerConfig, TextCo
 from grpo_jax.errors import InputError
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.huggingface import write_folder
-from grpo_jax.rewards.model_judge import COLUMN, PROMPT, ModelJudge, open_model_judge, read_verdicts, verdict_of
+from grpo_jax.rewards.model_files import open_model_judge
+from grpo_jax.rewards.model_judge import COLUMN, PROMPT, ModelJudge, read_verdicts, verdict_of
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.verifiers import byte_table
 from grpo_jax.sampler.types import Prompts, Rollout
