@@ -20,7 +20,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.loading import load_model
 from grpo_jax.ops.logprobs import token_logps
-from grpo_jax.sampler.sample import sample
+from grpo_jax.sampler.sample import choose_pieces, sample
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.sampler.types import Prompts
 from grpo_jax.text import Tokenizer, encode_prompt
@@ -190,12 +190,12 @@ class Model:
     def _sampler(self, config: SamplerConfig, end_ids: tuple[int, ...]) -> Any:
         """(variables, prompts, key) -> rollout; one for each way of sampling."""
         if (config, end_ids) not in self._samplers:
-            module = self._module.clone(scanned=False)
+            module, pieced = self._module.clone(scanned=False), choose_pieces(config, jax.default_backend())
             spelled = self.tokenizer.token_bytes() if config.stop else []
             stops = stop_table(config.stop, spelled + [b""] * (self.architecture.vocabulary - len(spelled)))
 
             def program(variables: Any, prompts: Prompts, key: Array) -> Any:
-                return sample(module, variables, prompts, key, config, end_ids, stops)
+                return sample(module, variables, prompts, key, pieced, end_ids, stops)
 
             self._samplers[config, end_ids] = self._compiled(program)
         return self._samplers[config, end_ids]

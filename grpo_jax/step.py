@@ -55,7 +55,7 @@ from grpo_jax.parallel import (
 from grpo_jax.rewards.reward_model import COLLECTION
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.sampler.pool import Filling, empty, filling_means, keep, round_prompts, wanting
-from grpo_jax.sampler.sample import anywhere, sample
+from grpo_jax.sampler.sample import anywhere, choose_pieces, sample
 from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout, Scores
 
@@ -247,6 +247,7 @@ def draw_completions(
         return constrain_rows(tree, mesh)
 
     module = parts.module.clone(scanned=False, remat="none")
+    config = choose_pieces(config, mesh.devices.flat[0].platform)
     more = (parts.end_ids, parts.stops, row_shards(mesh), constrain, parts.seed_axis)
     return constrain(sample(module, variables, constrain(prompts), key, config, *more))
 

@@ -938,6 +938,12 @@ def test_slots():
     assert own in traced(**{"sampler.slots": 2}) and own not in traced()
 
 
+@flips("sampler.cache_pieces")
+def test_cache_pieces():
+    half = "[8,2,4,3]"  # B K E T/2: keys of the completions in the first of two pieces
+    assert half in traced(**{"sampler.cache_pieces": 2}) and half not in traced()
+
+
 @flips("sampler.cache_dtype")
 def test_cache_dtype():
     own = "[8,2,6,4]"  # B K T E: the completions' keys and values

@@ -43,7 +43,8 @@ LayerEntry = LayerCache | LatentCache
 class CacheIndex(flax.struct.PyTreeNode):
     """What lies where, the same in every layer; segment 0 is an empty slot.
 
-    `slot` is where the tokens at hand go, `cursor` the next free one.
+    `slot` is where the tokens at hand go, `cursor` the next free one. `length` is how many tokens of a completion there
+    may be in the end; T are those that there is room for now.
     """
 
     prompt_positions: Int[Array, "N P"]
@@ -52,12 +53,13 @@ class CacheIndex(flax.struct.PyTreeNode):
     segments: Int[Array, "B T"]
     slot: Int[Array, ""]
     cursor: Int[Array, ""]
+    length: int = flax.struct.field(pytree_node=False)
     prefilled: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def columns(self) -> int:
         """Columns of prompt and completion together, as many as a training batch has."""
-        return self.prompt_positions.shape[1] + self.positions.shape[1]
+        return self.prompt_positions.shape[1] + self.length
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -68,11 +70,20 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def init_cache(
-    architecture: Architecture, prompts: int, prompt_length: int, rows: int, length: int, dtype: Any
+    architecture: Architecture,
+    prompts: int,
+    prompt_length: int,
+    rows: int,
+    length: int,
+    dtype: Any,
+    room: int | None = None,
 ) -> Cache:
-    """An empty cache for `prompts` prompts shared by `rows` rows of up to `length` tokens."""
-    a = architecture
-    prompt, own = (prompts, prompt_length), (rows, length)
+    """An empty cache for `prompts` prompts shared by `rows` rows of up to `length` tokens.
+
+    It has room for `room` of them until `lengthen` (None: for all).
+    """
+    a, room = architecture, length if room is None else room
+    prompt, own = (prompts, prompt_length), (rows, room)
 
     def layer() -> LayerEntry:
         if a.latent is not None:
@@ -86,8 +97,8 @@ def init_cache(
         return LayerCache(
             empty(prompts, e, prompt_length),
             empty(prompts, prompt_length, e),
-            empty(rows, e, length),
-            empty(rows, length, e),
+            empty(rows, e, room),
+            empty(rows, room, e),
         )
 
     index = CacheIndex(
@@ -97,6 +108,7 @@ def init_cache(
         segments=jnp.zeros(own, jnp.int32),
         slot=jnp.zeros((), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
+        length=length,
     )
     return Cache(layers=tuple(layer() for _ in range(a.layers)), index=index)
 
@@ -131,6 +143,26 @@ def write_latent(entry: LayerEntry, index: CacheIndex, latent: Array) -> LatentC
     if not index.prefilled:
         return entry.replace(prompt_latent=latent)
     return entry.replace(latent=_put(entry.latent, latent, index.slot, axis=1))
+
+
+def lengthen(cache: Cache, room: int) -> Cache:
+    """The cache with room for `room` tokens a completion; the next ones go behind all that had room before."""
+
+    def pad(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, room - size if i == axis else 0) for i, size in enumerate(x.shape)])
+
+    def longer(entry: LayerEntry) -> LayerEntry:
+        if isinstance(entry, LatentCache):
+            return entry.replace(latent=pad(entry.latent, 1))
+        return entry.replace(key=pad(entry.key, 3), value=pad(entry.value, 2))
+
+    index = cache.index
+    index = index.replace(
+        positions=pad(index.positions, 1),
+        segments=pad(index.segments, 1),
+        cursor=jnp.asarray(index.positions.shape[1], jnp.int32),
+    )
+    return Cache(layers=tuple(longer(entry) for entry in cache.layers), index=index)
 
 
 def end_prompt(cache: Cache) -> Cache:

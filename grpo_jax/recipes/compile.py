@@ -26,7 +26,7 @@ from grpo_jax.parallel import SAMPLING_DROPS, check_batch, partition_spec, path_
 from grpo_jax.recipes.plan import Sizes as MeshSizes
 from grpo_jax.recipes.plan import Work, cache_bytes, fits, held, plan_work, sampling_weights, suggestions
 from grpo_jax.recipes.shapes import AbstractStep, abstract_step, host_rewards
-from grpo_jax.sampler.sample import DECODE, REFILL
+from grpo_jax.sampler.sample import DECODE, REFILL, choose_pieces, piece_passes
 from grpo_jax.topology import devices, topology_mesh
 
 SAMPLING = "sampling"  # scope of what the sampler does
@@ -158,6 +158,8 @@ def read_report(
 ) -> Report:
     """The report of a compiled step; `seconds` are those of lowering and of compiling."""
     config, sizes = step.parts.config, sizes_of(step)
+    platform = step.parts.mesh.devices.flat[0].platform
+    config = dataclasses.replace(config, sampler=choose_pieces(config.sampler, platform))
     work = plan_work(config, architecture, sizes, step.params)
     program, trips = Program(text), trip_counts(config, work)
     collectives = program.collectives(trips)
@@ -211,16 +213,25 @@ def refused(
 
 def named(loop: Loop) -> str:
     """Which of the loops whose trips follow from the data this is; '' for another."""
-    scopes = re.split(r"[/()]", loop.op_name)
-    return next((name for name in (DECODE, REFILL, PACKS, MOMENTS) if name in scopes[-3:]), "")
+    scopes = [re.sub(rf"^{DECODE}_\d+$", DECODE, scope) for scope in re.split(r"[/()]", loop.op_name)[-3:]]
+    return next((name for name in (DECODE, REFILL, PACKS, MOMENTS) if name in scopes), "")
+
+
+def piece_of(loop: Loop) -> int:
+    """Which of the pieces of decoding a decode loop is, from 0."""
+    found = re.findall(rf"{DECODE}_(\d+)", loop.op_name)
+    return int(found[-1]) if found else 0
 
 
 def trip_counts(config: Config, work: Work) -> Trips:
     """Trips of the loops that end by the data: as many as completions of full length take."""
     slots = config.sampler.slots or config.completions
     turns = max(-(-config.completions // slots), 1)
+    passes = piece_passes(config.sampler)
 
     def trips(loop: Loop) -> int:
+        if named(loop) == DECODE and turns == 1:
+            return max(passes[piece_of(loop)], 1)
         return {DECODE: max(work.passes // turns, 1), REFILL: turns, PACKS: work.packs}.get(named(loop), 1)
 
     return trips
@@ -245,8 +256,8 @@ def phases(
 
 
 def decode_pass(program: Program, trips: Trips, step: AbstractStep, architecture: Architecture) -> DecodePass | None:
-    """What one turn of the decode loop moves; None when the program has no such loop."""
-    loops = [loop for loop in program.loops() if named(loop) == DECODE]
+    """What one turn of the decode loop, of its last piece, moves; None when the program has no such loop."""
+    loops = sorted((loop for loop in program.loops() if named(loop) == DECODE), key=piece_of, reverse=True)
     if not loops:
         return None
     config, sizes, body = step.parts.config, sizes_of(step), loops[0].body

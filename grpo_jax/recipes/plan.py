@@ -23,6 +23,7 @@ from grpo_jax.models.cache import init_cache
 from grpo_jax.models.lora import abstract_variables
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.parallel import AXES, SAMPLING_DROPS, check_batch, mesh_sizes, partition_spec, path_name
+from grpo_jax.sampler.sample import piece_lengths, piece_passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def plan_params(config: Config, architecture: Architecture, topology: Topology, 
     memory = plan_memory(config, architecture, sizes, state_shapes(config, params), topology.chip.tpu)
     work = plan_work(config, architecture, sizes, params)
     chip, share = topology.chip, 1 / topology.chips
-    read = (memory.sampling_weights + memory.cache) * work.passes
+    read = memory.sampling_weights * work.passes + cache_read(config, architecture, sizes, work)
     sampling = work.prefill * share / chip.flops
     sampling += max(work.decode * share / chip.flops, read / chip.memory_bandwidth)
     moved = 2 * memory.arguments * config.objective.num_iterations * config.objective.minibatches
@@ -278,6 +279,17 @@ def cache_bytes(config: Config, a: Architecture, sizes: Sizes) -> float:
     total = size(prompts, width, rows if slots == rows else 0, s.max_new_tokens)
     total += 0.0 if slots == rows else size(slots, width, slots, s.max_new_tokens)
     return total / (sizes.tensor if a.latent is None and a.kv_heads % sizes.tensor == 0 else 1)
+
+
+def cache_read(config: Config, a: Architecture, sizes: Sizes, work: Work) -> float:
+    """Bytes of the decode cache that a device reads in all passes, where every completion is full."""
+    if config.sampler.slots:
+        return cache_bytes(config, a, sizes) * work.passes
+    total, passes = 0.0, piece_passes(config.sampler)
+    for room, count in zip(piece_lengths(config.sampler), passes, strict=True):
+        sampler = dataclasses.replace(config.sampler, max_new_tokens=room)
+        total += count * cache_bytes(dataclasses.replace(config, sampler=sampler), a, sizes)
+    return total
 
 
 def plan_work(config: Config, a: Architecture, sizes: Sizes, params: Any) -> Work:

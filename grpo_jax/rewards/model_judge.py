@@ -23,7 +23,7 @@ from grpo_jax.errors import InputError
 from grpo_jax.models.decoder import DecoderModule, unstack
 from grpo_jax.parallel import constrain_rows, row_shards
 from grpo_jax.rewards.verifiers import WHITESPACE, ByteTable, completion_bytes
-from grpo_jax.sampler.sample import sample
+from grpo_jax.sampler.sample import choose_pieces, sample
 from grpo_jax.sampler.types import Prompts, Rollout
 
 PROMPT = """You grade a response to a question against a reference answer.
@@ -78,7 +78,7 @@ class ModelJudge:
             unstack({"params": variables["params"]}, self.module.architecture),
             self.prompts(table, prompts, rollout),
             jax.random.key(0),  # greedy: nothing is drawn
-            self.sampler,
+            choose_pieces(self.sampler, self.mesh.devices.flat[0].platform),
             self.end_ids,
             shards=row_shards(self.mesh),
             constrain=lambda tree: constrain_rows(tree, self.mesh),

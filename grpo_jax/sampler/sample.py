@@ -6,8 +6,12 @@ inner one decodes until enough slots are free (a refill by `lax.cond` inside the
 at every token). All rows write the same column of their buffers and of the cache, `clock` modulo T, each from a start
 of its own, so that a write is one slice. The tokens do not depend on the slots: noise is named by completion and
 position.
+
+Without slots decoding may be cut into pieces (`sampler.cache_pieces`): loops one after another, between which the cache
+grows, so that attention does not read what no token can lie in yet.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from grpo_jax.config import SamplerConfig
-from grpo_jax.models.cache import Cache, end_prompt, init_cache, take_prompts
+from grpo_jax.models.cache import Cache, end_prompt, init_cache, lengthen, take_prompts
 from grpo_jax.models.decoder import DecoderModule
 from grpo_jax.sampler.draw import draw_tokens, row_noise
 from grpo_jax.sampler.stops import StopTable
 from grpo_jax.sampler.types import Prompts, Rollout
 
-DECODE, REFILL = "decode", "refill"  # names of the loops in the compiled program, where reports look for them
+# Names of the loops in the compiled program, where reports look for them; decode_1 and so on are its later pieces.
+DECODE, REFILL = "decode", "refill"
+PIECES, PIECES_FROM = 4, 512  # pieces that decoding is cut into on CPUs, from so many new tokens up
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -76,6 +82,24 @@ def repeat_rows(x: Array, times: int) -> Array:
     return jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
+def choose_pieces(config: SamplerConfig, platform: str) -> SamplerConfig:
+    """The config with the pieces that `cache_pieces=0` stands for on devices of a platform."""
+    many = platform == "cpu" and config.max_new_tokens >= PIECES_FROM
+    return dataclasses.replace(config, cache_pieces=config.cache_pieces or (PIECES if many else 1))
+
+
+def piece_lengths(config: SamplerConfig) -> list[int]:
+    """Tokens a completion that the cache has room for in each piece of decoding, in rising order; the last is T."""
+    length = config.max_new_tokens
+    return sorted({-(-length // 2**i) for i in range(max(config.cache_pieces, 1))})
+
+
+def piece_passes(config: SamplerConfig) -> list[int]:
+    """Passes through the decoder in each piece of decoding, where a completion takes all of its tokens."""
+    ends = [min(room, config.max_new_tokens - 1) for room in piece_lengths(config)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @jax.named_scope("sampling")
 def sample(
     module: DecoderModule,
@@ -101,8 +125,9 @@ def sample(
     rows = count * group
     slots = min(config.slots or rows, rows)
     own = rows if slots == rows else 0  # with fewer slots the prompts' cache is only copied from
+    pieces = piece_lengths(config) if slots == rows else [length]
     dtype = jnp.dtype(config.cache_dtype)
-    cache = init_cache(module.architecture, count, width, own, length, dtype)
+    cache = init_cache(module.architecture, count, width, own, length, dtype, pieces[0])
     hidden, cache = module.apply(variables, prompts.tokens, *left_positions(prompts.lengths, width), cache)
     last_hidden = hidden[:, -1]
     prompt_lengths = repeat_rows(prompts.lengths, group)
@@ -127,8 +152,15 @@ def sample(
         held = _empty(rows, length).replace(row=jnp.arange(rows, dtype=jnp.int32), done=filler)
         held = draw(held, repeat_rows(unembed(last_hidden), group), jnp.int32(0), ~held.done)
         state = Decoding(jnp.int32(0), held, end_prompt(cache))
-        with jax.named_scope(DECODE):
-            state = jax.lax.while_loop(lambda state: anywhere(~jnp.all(state.slots.done), seed_axis), decode, state)
+        for number, room in enumerate(pieces):
+            if number:
+                state = state.replace(cache=lengthen(state.cache, room))
+
+            def going(state: Decoding, room: int = room) -> Bool[Array, ""]:
+                return anywhere(~jnp.all(state.slots.done), seed_axis) & (state.clock < room)
+
+            with jax.named_scope(f"{DECODE}_{number}" if number else DECODE):
+                state = jax.lax.while_loop(going, decode, state)
         written = Written(**{name: getattr(state.slots, name) for name in Written.__dataclass_fields__})
     else:
         into = init_cache(module.architecture, slots, width, slots, length, dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import weights
-from grpo_jax.models.cache import end_prompt, init_cache
+from grpo_jax.models.cache import end_prompt, init_cache, lengthen
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.huggingface import read_folder, tensor_table
 
@@ -102,8 +102,9 @@ def test_gradients(family):
     assert difference <= 1e-5 * norm
 
 
+@pytest.mark.parametrize("room", [None, 2], ids=["whole_cache", "cache_that_grows"])
 @each(DECODED)
-def test_prefill_and_decode_equal_the_full_pass(family):
+def test_prefill_and_decode_equal_the_full_pass(family, room):
     architecture, params, expected = stored(family)
     module, rows = Decoder(architecture, scanned=False), len(LENGTHS)
     positions, segments = places("left")
@@ -111,7 +112,7 @@ def test_prefill_and_decode_equal_the_full_pass(family):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, tokens):
         variables = unstack({"params": params}, architecture)
-        cache = init_cache(architecture, rows, PROMPT, rows, COLUMNS - PROMPT, jnp.float32)
+        cache = init_cache(architecture, rows, PROMPT, rows, COLUMNS - PROMPT, jnp.float32, room)
         prompt = (x[:, :PROMPT] for x in (tokens, positions, segments))
         hidden, cache = module.apply(variables, *prompt, cache)
 
@@ -120,8 +121,11 @@ def test_prefill_and_decode_equal_the_full_pass(family):
             hidden, cache = module.apply(variables, *one, cache)
             return cache, hidden[:, 0]
 
-        _, rest = jax.lax.scan(step, end_prompt(cache), jnp.arange(PROMPT, COLUMNS))
-        hidden = jnp.concatenate([hidden[:, -1:], jnp.swapaxes(rest, 0, 1)], axis=1)
+        columns, cache, parts = jnp.arange(PROMPT, COLUMNS), end_prompt(cache), [jnp.swapaxes(hidden[:, -1:], 0, 1)]
+        if room is not None:
+            cache, part = jax.lax.scan(step, cache, columns[:room])
+            columns, cache, parts = columns[room:], lengthen(cache, COLUMNS - PROMPT), [*parts, part]
+        hidden = jnp.swapaxes(jnp.concatenate([*parts, jax.lax.scan(step, cache, columns)[1]]), 0, 1)
         return module.apply(variables, hidden, method="logits")
 
     got = run(params, expected["left"].astype(np.int32))

@@ -14,7 +14,7 @@ import tiny
 from grpo_jax.config import SamplerConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampler.draw import draw_tokens, row_noise, truncate
-from grpo_jax.sampler.sample import sample
+from grpo_jax.sampler.sample import choose_pieces, piece_lengths, piece_passes, sample
 from grpo_jax.sampler.stops import stop_table
 from grpo_jax.step import EVALUATION, TRAINING, draw_completions, noise_key, occupancy
 
@@ -356,6 +356,43 @@ def test_refilled_slots_of_the_decoder_draw_its_tokens(base):
     np.testing.assert_array_equal(got.tokens, base.tokens)
     np.testing.assert_array_equal(got.lengths, base.lengths)
     np.testing.assert_allclose(got.logps, base.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 9])
+def test_a_cache_that_grows_draws_the_same_tokens(base, pieces):
+    """Of 6 tokens 1, 2, 3 have room first; rows that end early do not keep the loops behind from ending at once."""
+    config = dataclasses.replace(CONFIG, cache_pieces=pieces)
+    module, variables = Decoder(ARCHITECTURE, scanned=False), unstack({"params": PARAMS}, ARCHITECTURE)
+    for end_ids in (tiny.END_IDS, ()):
+        whole = jax.jit(lambda prompts, e=end_ids: sample(module, variables, prompts, KEY, CONFIG, e))(PROMPTS)
+        got = jax.jit(lambda prompts, e=end_ids: sample(module, variables, prompts, KEY, config, e))(PROMPTS)
+        np.testing.assert_array_equal(got.tokens, whole.tokens)
+        np.testing.assert_array_equal(got.lengths, whole.lengths)
+        np.testing.assert_allclose(got.logps, whole.logps, atol=1e-5)
+    assert int(got.lengths.min()) == T
+
+
+def test_attention_reads_no_more_than_there_can_be():
+    config = dataclasses.replace(CONFIG, cache_pieces=3)
+    assert piece_lengths(config) == [2, 3, 6] and piece_passes(config) == [2, 1, 2]
+    module, variables = Decoder(ARCHITECTURE, scanned=False), unstack({"params": PARAMS}, ARCHITECTURE)
+    program = jax.make_jaxpr(lambda prompts: sample(module, variables, prompts, KEY, config, ()))(PROMPTS)
+    loops = [eqn for eqn in program.eqns if eqn.primitive.name == "while"]
+    keys = (N * G, ARCHITECTURE.kv_heads, ARCHITECTURE.head_size)  # and how many there is room for
+    read = [
+        {x.aval.shape[3] for eqn in loop.params["body_jaxpr"].eqns for x in eqn.outvars if x.aval.shape[:3] == keys}
+        for loop in loops
+    ]
+    assert [lengths for lengths in read if lengths] == [{1, 2}, {1, 3}, {1, 6}]  # 1: the key that is written
+
+
+def test_pieces_are_chosen_where_they_pay():
+    long = SamplerConfig(max_new_tokens=512)
+    short = SamplerConfig(max_new_tokens=511)
+    assert choose_pieces(long, "cpu").cache_pieces == 4 and piece_lengths(choose_pieces(long, "cpu"))[0] == 64
+    for config, platform in ((short, "cpu"), (long, "tpu"), (long, "gpu")):
+        assert choose_pieces(config, platform).cache_pieces == 1
+    assert choose_pieces(dataclasses.replace(short, cache_pieces=2), "tpu").cache_pieces == 2
 
 
 def test_slots_are_as_busy_as_on_a_first_come_schedule():
