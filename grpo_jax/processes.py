@@ -3,6 +3,7 @@
 All of them run the same host code in the same order; jax.distributed connects them and ends them when one is lost.
 """
 
+import atexit
 import collections
 import dataclasses
 import itertools
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public name (orbax uses it as well)
-from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]  # nor have agreements on a place to stop
 
 from grpo_jax.config import DistributedConfig
 from grpo_jax.errors import InputError
@@ -30,7 +30,7 @@ POLL_MS = 5000  # a wait is cut into such pieces, or signals would wait as long
 PIECE = 1 << 20  # characters of a message through the coordinator
 _rounds = itertools.count()
 _told: collections.deque[str] = collections.deque()  # names of this process' last exchanges
-_agreements: list[Any] = []  # jax's preemption sync manager of this job, one where there are several processes
+_agreements: list[Any] = []  # jax's preemption sync manager of this job, where there are several processes
 _asked = itertools.count(1)  # how often `told_to_stop` was asked
 
 
@@ -118,8 +118,6 @@ def join(given: Place, config: DistributedConfig, environ: Mapping[str, str]) ->
             "three, or start one process"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Orbax asks the one that jax would make about each step it saves; asked out of turn, it never answers yes.
-    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -136,13 +134,25 @@ def join(given: Place, config: DistributedConfig, environ: Mapping[str, str]) ->
             f"process {place.process}: could not join the others at {place.coordinator} within "
             f"distributed.join_timeout={config.join_timeout} seconds ({_short(error)})"
         ) from error
-    _agree()
+    _take_agreement()
 
 
-def _agree() -> None:
-    """Lets processes agree on a place to stop: from here on jax hears SIGTERM and tells the others."""
-    _agreements.append(_jax.create_preemption_sync_manager())
-    _agreements[0].initialize(jax_distributed.global_state.client)
+def _take_agreement() -> None:
+    """Keeps jax's agreement on a place to stop from others than `told_to_stop`, until the connection ends.
+
+    Orbax would ask it about the number of each step that it saves, and asked out of turn it never answers yes.
+    """
+    state = jax_distributed.global_state
+    if state.preemption_sync_manager is not None:
+        _agreements.append(state.preemption_sync_manager)
+        state.preemption_sync_manager = None
+        atexit.register(_give_agreement_back)
+
+
+def _give_agreement_back() -> None:
+    """Lets jax end it before the connection."""
+    if _agreements:
+        jax_distributed.global_state.preemption_sync_manager = _agreements.pop()
 
 
 def several() -> bool:
@@ -240,14 +250,15 @@ def ask_all_to_stop() -> None:
 
 def told_to_stop() -> bool:
     """Whether to stop here; all processes must ask at the same places."""
-    return _agreements[0].reached_sync_point(next(_asked))
+    _take_agreement()  # where the caller has connected the processes
+    return bool(_agreements) and _agreements[0].reached_sync_point(next(_asked))
 
 
 def part() -> None:
     """Waits until all processes are done, and lets go of them."""
     if several():
         exchange(None)
-        _agreements.pop().shutdown()  # it needs the connection
+        _give_agreement_back()
         jax.distributed.shutdown()
 
 

@@ -104,7 +104,6 @@ def test_a_tpu_vm_is_known_by_its_metadata_server(monkeypatch):
 def test_what_jax_is_told(monkeypatch, given, environ, told):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(processes, "_agree", lambda: None)
     processes.join(given, DistributedConfig(heartbeat_timeout=11, join_timeout=22), environ)
     if told is None:
         assert calls == []
@@ -240,8 +239,13 @@ from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import DistributedConfig
 from grpo_jax.recipes.loop import Stop
 
-port, number = sys.argv[1:]
-processes.join(processes.Place(f"localhost:{port}", 2, int(number)), DistributedConfig(), {})
+port, number, connected = sys.argv[1:]
+place = f"localhost:{port}", 2, int(number)
+if connected == "by us":
+    processes.join(processes.Place(*place), DistributedConfig(), {})
+else:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(*place, cluster_detection_method="deactivate")
 mesh = jax.make_mesh((2,), ("data",))
 state = {"x": jax.jit(lambda: jax.numpy.zeros(2), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()}
 with Stop(None) as stop, Checkpoints("checkpoints", 1) as checkpoints:
@@ -254,17 +258,19 @@ with Stop(None) as stop, Checkpoints("checkpoints", 1) as checkpoints:
         checkpoints.save(step, state, {})
         time.sleep(0.2)
 print(step, reason, flush=True)
-processes.part()
+if connected == "by us":
+    processes.part()
 """
 
 
-def test_a_signal_is_heard_between_saves(tmp_path, cli_env):
+@pytest.mark.parametrize("connected", ["by us", "by the caller"])
+def test_a_signal_is_heard_between_saves(tmp_path, cli_env, connected):
     """SIGTERM to the second of two processes, which save as they go: both stop at the same question."""
     port, out = launcher.free_port(), [tmp_path / "0.out", tmp_path / "1.out"]
     with contextlib.ExitStack() as stack:
         started = []
         for i in (0, 1):
-            command = [sys.executable, "-c", STOPPED, str(port), str(i)]
+            command = [sys.executable, "-c", STOPPED, str(port), str(i), connected]
             started.append(job.started(tmp_path, job.environment(cli_env), command, str(i)))
             stack.callback(started[i].kill)
         deadline = time.monotonic() + 120

@@ -99,12 +99,15 @@ def test_weights_are_never_gathered_in_the_decode_loop(run_cli, sampling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1.5B, 2 layers", "1.5B"])
-def test_the_decode_loop_of_a_small_model_on_eight_chips(run_cli, name):
-    """No weight gathered, hardly any cache copied, no float32 weight; bytes a pass within 1.3 of weights and cache."""
+@pytest.mark.parametrize(("name", "entries"), [("1.5B, 2 layers", 0), ("1.5B", 1)])
+def test_the_decode_loop_of_a_small_model_on_eight_chips(run_cli, name, entries):
+    """No weight gathered, no float32 weight; bytes a pass within 1.3 of weights and cache.
+
+    And no cache copied: of the 28 layers' keys and values (56 entries) libtpu copies one.
+    """
     report = report_of(run_cli, *CONFIGS[name])
     decode = report["decode"]
-    assert decode["gathered"] == decode["wide_weights"] == 0 and decode["copied"] < 0.02 * report["cache"]
+    assert decode["gathered"] == decode["wide_weights"] == 0 and decode["copied"] <= entries * report["cache"] / 56
     assert decode["collectives"] == 1  # whether all rows have ended
     assert decode["moved"] < 1.3 * decode["least"]
 
