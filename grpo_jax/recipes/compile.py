@@ -115,7 +115,8 @@ class Report:
 def compile_step(config: Config, architecture: Architecture, topology: Topology) -> tuple[Report, str]:
     """Compiles the fused step for a machine; the report, and the program's text ('' where the compiler refused).
 
-    Raises InputError for a mesh or batch that the machine cannot split, and for host rewards on GPUs.
+    Raises InputError for a mesh or batch that the machine cannot split, for host rewards on GPUs, and for a program
+    that this jax cannot read.
     """
     found = devices(topology)
     mesh = topology_mesh(config.mesh, topology, found)
@@ -139,7 +140,13 @@ def compile_step(config: Config, architecture: Architecture, topology: Topology)
         took = (between - began, time.perf_counter() - between)
         return refused(step, architecture, topology, str(error), took), ""
     took = (between - began, time.perf_counter() - between)
-    text = compiled.as_text() or ""
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:  # a libtpu newer than jaxlib has operations of other forms
+        raise InputError(
+            f"{topology.name}: jax {jax.__version__} cannot read the program that the compiler made: install the "
+            f"compiler of that jax, pip install 'jax[tpu]=={jax.__version__}' ({str(error).splitlines()[0][:200]})"
+        ) from error
     return read_report(step, architecture, topology, compiled.memory_analysis(), text, took), text
 
 

@@ -244,6 +244,31 @@ Total hbm usage >= 21.00G:
 """  # noqa: E501
 
 
+class Unreadable:
+    """A compiled step of operations that this jaxlib does not know, as libtpu 0.0.52 makes for v5p and v6e."""
+
+    def lower(self):
+        return self
+
+    compile = lower
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update should have 1 operands\nat ..")
+
+
+def test_a_program_that_cannot_be_read_names_the_compiler_to_install(monkeypatch, on_cpu):
+    config, architecture = on_cpu[0].parts.config, on_cpu[0].parts.module.architecture
+    monkeypatch.setattr(compiling, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(compiling, "topology_mesh", lambda mesh, topology, found: make_mesh(mesh, found))
+    monkeypatch.setattr(compiling, "abstract_step", lambda *given: Unreadable())
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        with pytest.raises(InputError, match=r"pip install 'jax\[tpu\]==.*async-update should have 1 operands\)$"):
+            compiling.compile_step(config, architecture, parse_topology("v5p:8"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+
+
 def test_a_refused_program_says_by_how_much(on_cpu):
     step = on_cpu[0]
     config, architecture, topology = step.parts.config, step.parts.module.architecture, parse_topology("v5e:8")
