@@ -235,7 +235,7 @@ def plan_memory(config: Config, a: Architecture, sizes: Sizes, shapes: Shapes, t
         kept=residuals,
         gathered_layers=2 * gathered,  # one in use and one on its way
         insides=insides,
-        gathered_head=_gathered_head(config, a, sizes, compute, copies=2 if tpu else 1),
+        gathered_head=_gathered_head(config, a, sizes, compute, copies=3 if tpu else 1),
         logits=_logits(config, a, sizes, shape),
         fetched=max((state[name] for name in away if name in state), default=0.0),
     )
@@ -378,7 +378,7 @@ def _gathered_layers(a: Architecture, sizes: Sizes, params: Any, compute: int) -
 
 
 def _gathered_head(config: Config, a: Architecture, sizes: Sizes, compute: int, copies: int) -> float:
-    """The output matrix, in two layouts on TPUs, and its float32 gradient."""
+    """The output matrix and its float32 gradient; on TPUs two layouts of it, and the gradient rounded for its way."""
     if sizes.fsdp == 1:
         return 0.0
     head = a.vocabulary * a.width / (sizes.tensor if a.vocabulary % sizes.tensor == 0 else 1)
