@@ -866,6 +866,11 @@ def validate(config: Config, source: str = "config") -> None:
         "sampler.min_new_tokens",
         "must be from 0 to sampler.max_new_tokens",
     )
+    require(
+        c.sampler.cache_pieces < 2 or c.sampler.slots == 0,
+        "sampler.cache_pieces",
+        f"needs sampler.slots=0, not {c.sampler.slots}: slots decode in a cache that is a ring",
+    )
     require(0 < c.eval.top_p <= 1, "eval.top_p", "must be above 0 and at most 1")
     for name in ("base.right_share", "tasks.good_share", "ppo.gamma", "ppo.lam"):
         require(0 <= value_of(c, name) <= 1, name, "must lie between 0 and 1")

@@ -150,6 +150,7 @@ SETS = {"data.sets": (TALK,), "model.path": "somewhere"}
         ({"sampler.top_p": 1.5}, "sampler.top_p=1.5 must be above 0 and at most 1"),
         ({"sampler.min_p": -0.1}, "sampler.min_p=-0.1 must be from 0 to 1"),
         ({"sampler.min_new_tokens": 33}, "sampler.min_new_tokens=33 must be from 0 to sampler.max_new_tokens"),
+        ({"sampler.cache_pieces": 2, "sampler.slots": 8}, "sampler.cache_pieces=2 needs sampler.slots=0, not 8"),
         (
             {"rewards.names": ("model_judge",), "rewards.weights": (1.0,), "rewards.model_judge.path": ""},
             "rewards.model_judge.path='' is empty, and rewards.names has 'model_judge'",
