@@ -22,13 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_jax.config import default_config, from_dict
+from grpo_jax.models.abstract import abstract_params
 from grpo_jax.models.architecture import llama
 from grpo_jax.models.build import build_decoder
 from grpo_jax.models.decoder import init_params
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.parallel import keep_host_memory, make_mesh, row_sharding
+from grpo_jax.recipes.doctor import measure
+from grpo_jax.recipes.plan import plan_work, sizes_of
 from grpo_jax.sampler.types import Prompts, Scores
 from grpo_jax.step import Program, StepParts, init_state
 
@@ -215,6 +219,26 @@ def build(options: argparse.Namespace) -> tuple[StepParts, Any, list[Prompts]]:
     return parts, init_state(parts, {"params": params}), batches
 
 
+def model_flops(parts: StepParts, tokens: float) -> float:
+    """FLOPs of a step's model by formula, where `tokens` are sampled: what is computed again does not count."""
+    config, architecture = parts.config, parts.module.architecture
+    plain = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="none", logits_chunk=0),
+        sampler=dataclasses.replace(config.sampler, max_new_tokens=max(round(tokens / config.completions), 2)),
+    )
+    work = plan_work(plain, architecture, sizes_of(plain, parts.mesh.size), abstract_params(architecture))
+    return work.sampling + work.update
+
+
+def matmul_flops(mesh: Mesh) -> float:
+    """FLOPs a second of float32 products of 1,024 x 1,024, one on each device at once."""
+    size = 1024
+    x = jax.device_put(np.ones((mesh.size, size, size), np.float32), row_sharding(mesh))
+    with jax.default_matmul_precision("highest"):
+        return mesh.size * 2 * size**3 / measure(jax.jit(lambda x: jnp.einsum("dij,djk->dik", x, x)), x, times=20)
+
+
 def machine_busy_s() -> float:
     """CPU seconds that all processes have used (Linux)."""
     with open("/proc/stat", encoding="ascii") as stat:
@@ -255,6 +279,8 @@ def main() -> None:
     median = statistics.median(steps)
     quiet = [s for s, o in zip(steps, others, strict=True) if o < 0.05]
     shape = {k: getattr(options, k) for k in SHAPE}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flops, rate = model_flops(parts, statistics.mean(tokens)), matmul_flops(parts.mesh)
     line = {
         "peer": "grpo_jax",
         "median_step_s": round(median, 4),
@@ -270,7 +296,10 @@ def main() -> None:
         "compile_s": round(compile_s, 1),
         "program_temporaries_mb": None if temporary is None else round(temporary, 1),
         "measured_steps": len(steps),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "model_gflop": round(flops / 1e9, 2),
+        "matmul_gflop_per_s": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(flops / median / rate, 3),
+        "peak_rss_mb": round(peak / 1024, 1),
         "params": sum(x.size for x in jax.tree.leaves(state.trainable)),
         "shape": shape,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
