@@ -25,6 +25,7 @@ from grpo_jax.ops.packing import (
     pack_index,
     plain_pack,
     plain_sequences,
+    rows_apart,
     shared_pack,
 )
 from grpo_jax.sampler.types import Rollout
@@ -81,6 +82,11 @@ class PackShape:
     shared: bool
     chunks: int = 1
 
+    @property
+    def apart(self) -> bool:
+        """Whether a pack's prompts have rows of their own."""
+        return self.shared and rows_apart(self.rows, self.prompts, self.group)
+
 
 def pack_shape(config: Config, parts: int, chunks: int = 1) -> PackShape:
     """The shape that a config asks for, for gradient passes on `parts` x `chunks` devices."""
@@ -88,6 +94,7 @@ def pack_shape(config: Config, parts: int, chunks: int = 1) -> PackShape:
     group = size if shared else 1
     rows = max(math.ceil(config.objective.micro_batch_size / parts), group)
     prompts = config.train.pack_prompts or (rows // group if shared else 4 * rows)
+    rows = min(rows, prompts * group)  # more hold nothing
     return PackShape(parts, group, rows, prompts, shared, chunks)
 
 

@@ -358,21 +358,22 @@ def cores_for_rows(config: Config, cores: int) -> int:
 
 
 def options_of_cpu(mesh: Mesh) -> dict[str, str] | None:
-    """XLA's options for a program of one CPU device; None elsewhere, and in versions that were not tried.
+    """XLA's options for a program of CPU devices; None elsewhere, and in versions that were not tried.
 
     XLA hands products and sums to YNNPACK. Its kernels of sums keep memory of their own, 0.96 GB in a step of
-    SmolLM2-135M, which takes as long without; over several devices they are faster.
+    SmolLM2-135M, which takes as long without, or shorter over several devices.
     """
-    cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    cpu = mesh.devices.flat[0].platform == "cpu"
     if not cpu or not jax.__version__.startswith("0.10."):
         return None
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def give_back_host_memory() -> None:
-    """Gives the system what this process has freed, where the C library is glibc: before a program's first call.
+    """Gives the system what this process has freed, where the C library is glibc: before compiling and a first call.
 
-    Its temporaries are one block that fits into none of the holes that loading a model and compiling have left.
+    Each thread of the compiler takes memory of its own, and a program's temporaries are one block: both fit into none
+    of the holes that loading a model and compiling have left.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
@@ -384,6 +385,8 @@ def keep_host_memory() -> None:
 
     XLA's CPU backend allocates a program's temporaries at every call. glibc gives blocks of that size back to the
     system and gets them anew, page by page: 16.7 million page faults and 75 of 389 CPU seconds in the embedded default.
+    Threads keep their own arenas: products take memory too, and with one arena for all, two devices waited for its lock
+    for half of a step of a small model.
     Programs of one CPU device run before their call returns: the next call would come before the last one's block is
     free, take another, and leave a hole too small for the third. Must come before jax has made its devices.
     """
@@ -393,7 +396,6 @@ def keep_host_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_* of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_* of malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
-    mallopt(arena_max, 1)

@@ -798,6 +798,7 @@ class Program:
         """Compiles the fused step before the first call; staged programs compile when they first run."""
         if not self._staged:
             options = options_of_cpu(self.parts.mesh)
+            give_back_host_memory()
             self.fused = self.fused.lower(state, prompts).compile(compiler_options=options)
             give_back_host_memory()
 

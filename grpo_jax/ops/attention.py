@@ -202,11 +202,11 @@ def attend_packed(
     """Prompts to themselves; rows to themselves and to their tokens' prompts, in one softmax.
 
     `own` are queries, with their positions and segments, of all columns of a pack or of a part of each prompt and row;
-    `seen` are keys and values of all columns.
+    `seen` are keys and values of all columns. Prompts that have rows apart are packs of one prompt here.
     """
     (query, places, segments), (key, value, key_places, key_segments) = own, seen
     parts, n, width = key_segments.prompt_segments.shape
-    _, r, length = segments.segments.shape
+    packed, (_, r, length) = (parts, n), segments.segments.shape
     heads, size, kv_heads = *query.shape[2:], key.shape[2]
 
     def cut(x: Array, by: SharedPrefix) -> tuple[Array, Array]:
@@ -224,8 +224,11 @@ def attend_packed(
     ids, key_ids = (x.segments.reshape(parts * r, -1) for x in (segments, key_segments))
     own_mask = visible(row_places, row_key_places, ids, key_ids, window)
     # All prompts of the pack lie before each row; a token sees the one that it continues.
-    numbers = jnp.arange(1, n + 1)[:, None] * key_segments.prompt_segments  # [D, n, P]: 0 in the padding
-    wanted = jnp.where(segments.segments > 0, segments.prompt + 1, -1).reshape(parts, r * length)
+    if segments.apart:
+        parts, n, r = parts * n, 1, r // n
+    numbers = jnp.arange(1, n + 1)[:, None] * key_segments.prompt_segments.reshape(parts, n, width)  # 0 in the padding
+    number = 1 if segments.apart else segments.prompt + 1
+    wanted = jnp.where(segments.segments > 0, number, -1).reshape(parts, r * length)
     between = (row_places.reshape(parts, -1), prompt_key_places.reshape(parts, -1))
     prompt_mask = visible(*between, wanted, numbers.reshape(parts, -1), window).reshape(parts, r, length, n * width)
     # [D, K, R, G, T, E]: one order for both products, so that their scores meet without being moved.
@@ -248,8 +251,8 @@ def attend_packed(
     before = product(mix(before_weights.reshape(parts, kv_heads, -1, n * width).astype(value.dtype), before_value))
     after = product(mix(own_weights.reshape(parts, kv_heads, r, -1, own_key.shape[3]).astype(value.dtype), own_value))
     out = (before.reshape(*grouped.shape[:-1], -1) + after.reshape(*grouped.shape[:-1], -1)).transpose(0, 2, 4, 1, 3, 5)
-    rows = out.reshape(parts, r, length, heads, -1)
-    return segments.lay(prompts.reshape(parts, n, -1, *prompts.shape[2:]), rows)
+    rows = out.reshape(*segments.segments.shape, heads, -1)
+    return segments.lay(prompts.reshape(*packed, -1, *prompts.shape[2:]), rows)
 
 
 @jax.custom_vjp

@@ -28,13 +28,20 @@ class Packing(flax.struct.PyTreeNode):
     count: Int[Array, "D"]
 
 
+def rows_apart(rows: int, prompts: int, group: int) -> bool:
+    """Whether a pack has as many rows as the completions of its prompts, so that each prompt has rows of its own."""
+    return rows == prompts * group
+
+
 def pack_groups(lengths: Int[Array, "D N G"], rows: int, width: int, prompts: int) -> Packing:
     """Whole groups in order, each in the pack of the one before where rows and prompts suffice, else in the next.
 
-    Completions of a group go end to end (next fit). Raises ValueError where a whole group might not fit a pack.
+    Completions of a group go end to end (next fit). Where rows are enough for it (`rows_apart`) the group in slot s
+    begins at row s x G, and no row has two prompts. Raises ValueError where a whole group might not fit a pack.
     """
-    if rows < lengths.shape[2] or prompts < 1:
-        raise ValueError(f"{rows=} of a pack must hold a group of {lengths.shape[2]}, and {prompts=} at least one")
+    group_size = lengths.shape[2]
+    if rows < group_size or prompts < 1:
+        raise ValueError(f"{rows=} of a pack must hold a group of {group_size}, and {prompts=} at least one")
     has_tokens = jnp.any(lengths > 0, axis=2)
 
     def place(row: Array, fill: Array, group: Array) -> tuple[Array, Array, Array, Array]:
@@ -63,7 +70,14 @@ def pack_groups(lengths: Int[Array, "D N G"], rows: int, width: int, prompts: in
         last, (pack, slot, row, offset) = jax.lax.scan(step, (zero, zero, zero, zero), (sizes, real))
         return Packing(pack, slot, row, offset, jnp.where(jnp.any(real), last[0] + 1, 0))
 
-    return jax.vmap(one)(lengths.astype(jnp.int32), has_tokens)
+    def one_apart(sizes: Array, real: Array) -> Packing:
+        before = jnp.cumsum(real) - real  # groups with tokens before each
+        pack, slot = before // prompts, before % prompts
+        row, offset, _, _ = jax.vmap(lambda group: place(jnp.int32(0), jnp.int32(0), group))(sizes)
+        return Packing(pack, slot, slot[:, None] * group_size + row, offset, -(-jnp.sum(real) // prompts))
+
+    apart = rows_apart(rows, prompts, group_size)
+    return jax.vmap(one_apart if apart else one)(lengths.astype(jnp.int32), has_tokens)
 
 
 class PackIndex(flax.struct.PyTreeNode):
@@ -95,10 +109,12 @@ def pack_index(
     place = jnp.arange(width)
     cell = jnp.where(place < length[..., None], (row * width + offset)[..., None] + place, EMPTY)
     parts, count = groups.shape[0], prompts * lengths.shape[2]
-    row, offset, length = (x.reshape(parts, 1, 1, count) for x in (row, offset, length))
-    within = place[:, None] - offset  # [D, 1, T, completions of the pack]
-    own = (row == jnp.arange(rows)[:, None, None]) & (within >= 0) & (within < length)
-    token = jnp.max(jnp.where(own, jnp.arange(count) * width + within, EMPTY), axis=-1)
+    asked = prompts if rows_apart(rows, prompts, lengths.shape[2]) else 1  # a row's completions are of one prompt
+    row, offset, length = (x.reshape(parts, asked, 1, 1, -1) for x in (row, offset, length))
+    within = place[:, None] - offset  # [D, asked, 1, T, completions]
+    own = (row == jnp.arange(rows).reshape(asked, -1, 1, 1)) & (within >= 0) & (within < length)
+    first = jnp.arange(count).reshape(asked, 1, 1, -1) * width
+    token = jnp.max(jnp.where(own, first + within, EMPTY), axis=-1).reshape(parts, rows, width)
     return PackIndex(groups, token, cell)
 
 
@@ -129,6 +145,8 @@ class SharedPrefix(flax.struct.PyTreeNode):
     A prompt's tokens see each other. A token of a row sees those of its own `segment`, and the prompt that `prompt`
     numbers. Both by position too, as everywhere. Segment 0 is padding.
 
+    `apart` says that the rows are the prompts' in turn, r / n each: `rows_apart`.
+
     Where a pack's columns lie over `chunks` devices, the first of them has the first P / chunks tokens of each prompt
     and the first T / chunks of each row, and so on: `lay` and `cut` go between that order and prompts and rows.
     """
@@ -137,6 +155,7 @@ class SharedPrefix(flax.struct.PyTreeNode):
     segments: Int[Array, "D r T"]
     prompt: Int[Array, "D r T"]
     chunks: int = flax.struct.field(pytree_node=False, default=1)
+    apart: bool = flax.struct.field(pytree_node=False, default=False)
 
     def lay(self, prompts: Shaped[Array, "D n P *e"], rows: Shaped[Array, "D r T *e"]) -> Shaped[Array, "D X *e"]:
         """Prompts and rows as the columns of a pack."""
@@ -219,6 +238,7 @@ def shared_pack(
         segments=jnp.where(inside, completion + 1, 0).reshape(index.token.shape),
         prompt=owner.reshape(index.token.shape),
         chunks=chunks,
+        apart=rows_apart(index.token.shape[1], n, group),
     )
     following = jnp.concatenate([cells[:, 1:], jnp.full((parts, 1), EMPTY)], axis=1)
     following = jnp.where(following % length > 0, following, EMPTY)  # EMPTY % T is not 0 and stays EMPTY

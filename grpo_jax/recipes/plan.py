@@ -393,7 +393,7 @@ def _activations(
     width = length if shape.shared else length + prompt
     tokens = shape.rows * width + (shape.prompts * prompt if shape.shared else 0)
     heads = a.heads / sizes.tensor
-    seen = width + (shape.prompts * prompt if shape.shared else 0)
+    seen = width + (prompt * (1 if shape.apart else shape.prompts) if shape.shared else 0)
     scores = shape.rows * heads * width * seen
     scores += shape.prompts * heads * prompt * prompt if shape.shared else 0
     sums = 0.0

@@ -138,6 +138,7 @@ def descend(
         if first == steps:
             return state.trainable
         stop.progress(f"compiling {name}")
+        give_back_host_memory()
         with terminal.compiling(name):
             compiled = functools.partial(program.lower(fixed, abstract, batch(first)).compile(), fixed)
         give_back_host_memory()

@@ -29,6 +29,7 @@ ARCHITECTURE = tiny.architecture()
 PARAMS = tiny.params(ARCHITECTURE)
 D, N, G, P, T = 2, 5, 2, 4, 6
 ROWS, PROMPTS = 3, 2
+APART = PROMPTS * G  # so many rows that each prompt has its own
 
 
 def cells(lengths, packing, width):
@@ -54,12 +55,14 @@ def packed(shape, rows, width, prompts):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=D * N * G, max_size=D * N * G))
-def test_every_token_has_a_cell_of_its_own_and_groups_stay_whole(flat):
+@given(st.lists(st.integers(0, 6), min_size=D * N * G, max_size=D * N * G), st.sampled_from([ROWS, APART]))
+def test_every_token_has_a_cell_of_its_own_and_groups_stay_whole(flat, rows):
     lengths = np.array(flat).reshape(D, N, G)
-    packing, index = jax.device_get(packed((D, N, G), ROWS, T, PROMPTS)(lengths))
+    packing, index = jax.device_get(packed((D, N, G), rows, T, PROMPTS)(lengths))
     taken = cells(lengths, packing, T)
-    assert all(row < ROWS and pack < packing.count[d] for d, pack, row, _ in taken)
+    assert all(row < rows and pack < packing.count[d] for d, pack, row, _ in taken)
+    if rows == APART:
+        assert all(row // G == packing.slot[d, n] for (d, _, row, _), (n, _, _) in taken.items())
     real = lengths.any(2)
     for d in range(D):
         held = [(packing.pack[d, n], packing.slot[d, n]) for n in range(N) if real[d, n]]
@@ -74,6 +77,13 @@ def test_every_token_has_a_cell_of_its_own_and_groups_stay_whole(flat):
         token = index.token[pack, d, row, column]
         assert token == (packing.slot[d, n] * G + g) * T + t
         assert index.cell[pack, d, packing.slot[d, n], g, t] == row * T + column
+
+
+def test_rows_apart_take_no_more_packs_than_their_prompts_do():
+    """Short or long, `PROMPTS` groups a pack: as many as without rows apart, which prompts limit too."""
+    for length in (1, T):
+        packing, _ = packed((D, N, G), APART, T, PROMPTS)(np.full((D, N, G), length))
+        np.testing.assert_array_equal(packing.count, -(-N // PROMPTS))
 
 
 def test_short_completions_take_few_packs_and_long_ones_one_each():
@@ -137,7 +147,7 @@ def oracle():
     return want
 
 
-def packed_gradient(params, architecture, shared, weight):
+def packed_gradient(params, architecture, shared, weight, rows=ROWS):
     """The gradient of the weighted sum of all log-probabilities, pack by pack, and these [D, N, G, T]."""
     lengths, prompt_lengths, prompts, tokens = (jnp.asarray(x) for x in batch())
     module = Decoder(architecture)
@@ -146,15 +156,16 @@ def packed_gradient(params, architecture, shared, weight):
         tokens, weight, lengths = (x.reshape(D, N * G, 1, *x.shape[3:]) for x in (tokens, weight, lengths))
     width = T if shared else P + T
     sizes = lengths if shared else jnp.where(lengths > 0, lengths + prompt_lengths[..., None], 0)
-    packing = pack_groups(sizes, ROWS, width, PROMPTS)
+    packing = pack_groups(sizes, rows, width, PROMPTS)
 
     def of_pack(i):  # a loop, as in the step: unrolled, it compiles five times as long
-        index = pack_index(packing, sizes, i, (PROMPTS, ROWS, width))
+        index = pack_index(packing, sizes, i, (PROMPTS, rows, width))
         own = gather_groups((prompts, prompt_lengths, tokens), index.groups)
         own_weight, own_lengths = gather_groups((weight, lengths), index.groups)
         real = (jnp.arange(T) < own_lengths[..., None]) & (index.groups >= 0)[..., None, None]
         if shared:
             pack = shared_pack(*own, index)
+            assert pack.segments.apart == (rows == APART)
         else:
             pack = plain_pack(plain_sequences(*own), own[1], T, index)
 
@@ -173,10 +184,12 @@ def packed_gradient(params, architecture, shared, weight):
     return jax.tree.map(lambda x: x.sum(0), gradients), by_group
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_log_probabilities_and_gradients_of_packs_are_those_of_rows(shared):
+@pytest.mark.parametrize(
+    ("shared", "rows"), [(True, ROWS), (True, APART), (False, ROWS)], ids=["shared", "rows apart", "plain"]
+)
+def test_log_probabilities_and_gradients_of_packs_are_those_of_rows(shared, rows):
     weight = np.random.default_rng(1).normal(size=(D, N, G, T)).astype(np.float32)
-    run = jax.jit(functools.partial(packed_gradient, architecture=ARCHITECTURE, shared=shared))
+    run = jax.jit(functools.partial(packed_gradient, architecture=ARCHITECTURE, shared=shared, rows=rows))
     gradient, logps = run(PARAMS, weight=weight)
     np.testing.assert_allclose(logps, oracle(), atol=2e-5)
     _, plain = reference_gradient(weight)
