@@ -249,7 +249,7 @@ def machine_busy_s() -> float:
 def main() -> None:
     """Compiles, runs, prints."""
     options = arguments()
-    keep_host_memory()
+    keep_host_memory(options.devices)
     if options.devices > 1:  # as `mesh.cpu_devices` does it
         jax.config.update("jax_num_cpu_devices", options.devices)
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()

@@ -317,8 +317,7 @@ def set_up_process(config: Config) -> None:
 
     `log.compilation_cache` is a folder, '' for none, or 'auto': the user's cache folder, unless jax was told of one.
     """
-    keep_host_memory()
-    split_processor(config)
+    keep_host_memory(split_processor(config))
     compilation_cache = config.log.compilation_cache
     if compilation_cache == "auto" and jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -328,8 +327,8 @@ def set_up_process(config: Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def split_processor(config: Config) -> None:
-    """Has jax show the processor as `mesh.cpu_devices` devices, each operation on one thread.
+def split_processor(config: Config) -> int:
+    """Has jax show the processor as `mesh.cpu_devices` devices, each operation on one thread; the devices it asked for.
 
     The operations of a small model are too short for several threads each; rows on devices of their own need none.
     Nothing happens where jax has its devices already or XLA_FLAGS tells their number, nor among several processes.
@@ -337,12 +336,13 @@ def split_processor(config: Config) -> None:
     count = config.mesh.cpu_devices or cores_for_rows(config, len(os.sched_getaffinity(0)))
     flags = os.environ.get("XLA_FLAGS", "")
     if count == 1 or "xla_force_host_platform_device_count" in flags or jax.distributed.is_initialized():
-        return
+        return 1
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # it has them
-        return
+        return 1
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    return count
 
 
 def cores_for_rows(config: Config, cores: int) -> int:
@@ -380,13 +380,13 @@ def give_back_host_memory() -> None:
         trim(0)
 
 
-def keep_host_memory() -> None:
+def keep_host_memory(devices: int = 1) -> None:
     """Makes this process keep the host memory that it frees, where the C library is glibc; else nothing.
 
     XLA's CPU backend allocates a program's temporaries at every call. glibc gives blocks of that size back to the
     system and gets them anew, page by page: 16.7 million page faults and 75 of 389 CPU seconds in the embedded default.
-    Threads keep their own arenas: products take memory too, and with one arena for all, two devices waited for its lock
-    for half of a step of a small model.
+    Products take memory too: with one arena for all threads, devices of the processor waited for its lock for half of a
+    small model's step. One device, whose model may be large, has as many arenas as cores, one to call it, and one more.
     Programs of one CPU device run before their call returns: the next call would come before the last one's block is
     free, take another, and leave a hole too small for the third. Must come before jax has made its devices.
     """
@@ -396,6 +396,8 @@ def keep_host_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    trim_threshold, mmap_max = -1, -4  # M_* of malloc.h
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_* of malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
+    if devices == 1:
+        mallopt(arena_max, len(os.sched_getaffinity(0)) + 2)

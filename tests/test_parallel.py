@@ -257,3 +257,34 @@ def test_calls_of_a_program_share_one_block_of_temporaries():
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1.6
+
+
+ARENAS = """
+import ctypes, sys, threading
+from grpo_jax.parallel import keep_host_memory
+keep_host_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+together = threading.Barrier(2)
+
+def take():
+    together.wait()
+    assert libc.malloc(1 << 16)
+    together.wait()
+
+threads = [threading.Thread(target=take) for _ in range(2)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+libc.fopen.restype = ctypes.c_void_p
+told = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, told), libc.fclose(told)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
+def test_threads_that_take_memory_do_not_share_an_arena(tmp_path):
+    """With one for all, two CPU devices waited for its lock for half of a step."""
+    run = subprocess.run(
+        [sys.executable, "-c", ARENAS, tmp_path / "heaps.xml"], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "heaps.xml").read_text().count("<heap nr=") >= 3  # the process's and one a thread
